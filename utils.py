@@ -1,0 +1,66 @@
+"""What several scripts need: where to compute, in which precision, and how to write a file whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def pick_device(name="auto"):
+    """torch.device for "auto", "cpu", "cuda" or "mps"; auto takes the first of cuda, mps, cpu that is there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise ValueError(f"device {name!r} is not available here; there is: {there} (--device auto picks one)")
+    return torch.device(name)
+
+
+def has_fast_bf16(device):
+    """Whether bfloat16 is faster than float32 on this device.
+
+    On a CPU that takes AMX or AVX512-BF16 instructions: without them bf16 is emulated, and several times slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def pick_precision(name, device):
+    """ "fp32" or "bf16" for "auto", "fp32" or "bf16"; auto is bf16 where that is faster."""
+    if name == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if name not in ("fp32", "bf16"):
+        raise ValueError(f"precision {name!r} is none of auto, fp32, bf16")
+    return name
+
+
+def autocast(device, precision):
+    """The context in which a network runs in `precision` ("fp32" or "bf16") on `device`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a temporary path beside `path`; moves it there when the block ends well, else leaves `path` as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; results are not
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
