@@ -36,6 +36,7 @@ def match(priors, batch, min_overlap=0.5, difficult_positive=True):
 
     priors_xyxy = box_convert(priors, "cxcywh", "xyxy")
     iou = box_iou(boxes.reshape(-1, 4), priors_xyxy).view(batch_size, num_objects, num_priors)  # (B, N, P)
+    share_inside = _share_inside(iou, boxes, priors_xyxy)
     iou = torch.where(wanted[..., None], iou, -1.0)
 
     best_overlap, matched = iou.max(dim=1)  # (B, P); the first of equals
@@ -48,7 +49,7 @@ def match(priors, batch, min_overlap=0.5, difficult_positive=True):
     positive = F.pad(positive, (0, 1)).scatter(1, slots, True)[:, :-1]
 
     prior_labels = torch.where(positive, labels.gather(1, matched), 0)
-    in_aside = (_share_inside(priors_xyxy, boxes) >= 0.5) & set_aside[..., None]  # (B, N, P)
+    in_aside = (share_inside >= 0.5) & set_aside[..., None]  # (B, N, P)
     return torch.where(~positive & in_aside.any(dim=1), IGNORED, prior_labels), matched
 
 
@@ -80,12 +81,12 @@ def _claim_priors(iou):
     return claimed
 
 
-def _share_inside(priors_xyxy, boxes):
-    """The share of each prior's area that lies in each box: (P, 4), (B, N, 4) -> (B, N, P). COCO's overlap of crowds."""
-    corner = torch.maximum(priors_xyxy[:, :2], boxes[..., None, :2])
-    opposite = torch.minimum(priors_xyxy[:, 2:], boxes[..., None, 2:])
-    areas = (priors_xyxy[:, 2:] - priors_xyxy[:, :2]).prod(dim=-1)
-    return (opposite - corner).clamp(min=0).prod(dim=-1) / areas
+def _share_inside(iou, boxes, priors_xyxy):
+    """The share of each prior's area that lies in each box (B, N, P), from their IoU: COCO's overlap with crowds."""
+    box_areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[..., None]  # (B, N, 1)
+    prior_areas = (priors_xyxy[:, 2:] - priors_xyxy[:, :2]).prod(dim=-1)  # (P,)
+    # intersection = iou * union, and union = box + prior - intersection
+    return iou / (1 + iou) * (box_areas / prior_areas + 1)
 
 
 class MultiBoxLoss(nn.Module):

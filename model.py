@@ -28,6 +28,7 @@ from utils import written_whole
 FORMAT_VERSION = 1
 OFFSET_VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scaling of (cx, cy, w, h) offsets
 FIRST_CANDIDATES = 1024
+DEFAULT_CHECKPOINT = "checkpoint/fpnssd300_lite_voc.pth.tar"  # the one that ships
 
 # Which of timm's ImageNet weights a bare trunk name means; for trunks not listed it is timm's own choice.
 IMAGENET_TAGS = {"resnet50": "tv2_in1k"}
@@ -130,26 +131,29 @@ def decode_offsets(offsets, priors):
 # The network
 
 
+def _norm_conv(in_channels, channels, kernel, stride=1):
+    """A convolution and group norm: trunks differ tenfold in the size of their features, and heads must not."""
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(conv, nn.GroupNorm(math.gcd(32, channels), channels))
+
+
 class FPN(nn.Module):
     """C3, C4, C5 -> P3..P9: lateral and top-down for three levels, strided convolutions for four more."""
 
     def __init__(self, in_channels, channels):
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
-        self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.extras = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(4))
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_uniform_(conv.weight, a=1)
-                nn.init.zeros_(conv.bias)
+        self.laterals = nn.ModuleList(_norm_conv(c, channels, 1) for c in in_channels)
+        self.smooths = nn.ModuleList(_norm_conv(channels, channels, 3) for _ in in_channels)
+        self.extras = nn.ModuleList(_norm_conv(channels, channels, 3, stride=2) for _ in range(4))
 
     def forward(self, features):
         top_down = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
         for i in reversed(range(len(top_down) - 1)):
             top_down[i] = top_down[i] + F.interpolate(top_down[i + 1], size=top_down[i].shape[-2:], mode="nearest")
-        levels = [smooth(level) for smooth, level in zip(self.smooths, top_down, strict=True)]
+        levels = [F.relu(smooth(level)) for smooth, level in zip(self.smooths, top_down, strict=True)]
         for extra in self.extras:
-            levels.append(extra(F.relu(levels[-1])))
+            levels.append(F.relu(extra(levels[-1])))
         return levels  # 7 x (B, channels, side, side)
 
 
