@@ -387,14 +387,13 @@ def train_epoch(run, loader, multibox_loss, precision, epoch, steps_per_epoch, s
     sums, images, start = {}, 0, time.perf_counter()
     first = run.step % steps_per_epoch
     with tqdm(total=steps_per_epoch, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=None) as progress:
-        for batch in loader:
+        for done, batch in enumerate(loader, start=1):
             factor = lr_factor(run.step, config.warmup_steps, num_steps)
             terms = train_step(run, batch, multibox_loss, device, precision, factor)
             run.step += 1
             images += len(batch["image"])
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
-            done = progress.n - first + 1
             means = {name: total / done for name, total in sums.items()}
             speed = images / (time.perf_counter() - start)
             progress.set_postfix({**{n: f"{m:.3f}" for n, m in means.items()}, "images/s": f"{speed:.1f}"}, refresh=False)

@@ -1,0 +1,179 @@
+"""Draws a small data set in VOC's layout: six kinds of shape on cluttered backgrounds. Needs no download.
+
+    python synthetic.py --out data/synthetic_voc --train 300 --val 60 --seed 0
+
+Objects come in all three of COCO's sizes, overlap, are cut off by the frame, and are `difficult` where little of them
+shows; some images hold none. An image is decided by the seed, its split and its number alone.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from utils import written_whole
+
+EMPTY_SHARE = 0.06  # images without objects
+SUPERSAMPLE = 2  # shapes are drawn larger and shrunk, for smooth edges
+SIDES = ((16, 32), (32, 96), (96, 200))  # of objects in pixels: COCO's small, medium, large
+SIDE_ODDS = (0.2, 0.5, 0.3)
+LITTLE_VISIBLE = 0.35  # below this share of its pixels an object is difficult
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", default="data/synthetic_voc", help="folder that gets the VOC layout")
+    parser.add_argument("--train", type=int, default=300, help="number of images")
+    parser.add_argument("--val", type=int, default=60, help="number of images")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    draw_dataset(Path(args.out), {"train": args.train, "val": args.val}, args.seed)
+    print(f"{args.out}: {args.train} images for training, {args.val} for evaluation, classes {', '.join(SHAPES)}")
+
+
+def draw_dataset(out, counts, seed=0):
+    """Writes Annotations, JPEGImages and ImageSets/Main below `out`; counts: split name -> number of images."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for split_number, (split, count) in enumerate(counts.items()):
+        names = [f"{split}_{number:05}" for number in range(count)]
+        for number, name in enumerate(names):
+            image, objects = draw_image(np.random.default_rng([seed, split_number, number]))
+            with written_whole(out / "JPEGImages" / f"{name}.jpg") as temporary:
+                image.save(temporary, "JPEG", quality=90)
+            with written_whole(out / "Annotations" / f"{name}.xml") as temporary:
+                Path(temporary).write_text(to_xml(name, image.size, objects), encoding="utf-8")
+        with written_whole(out / "ImageSets" / "Main" / f"{split}.txt") as temporary:
+            Path(temporary).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: each draws itself in white on a mask, in the square from (0, 0) to (side, side)
+
+
+def _polygon(radii, turn=0.0):
+    """Vertices around (0.5, 0.5) at these radii, evenly spaced, the first one up; in 0..1."""
+    angles = [2 * math.pi * i / len(radii) - math.pi / 2 + turn for i in range(len(radii))]
+    return [(0.5 + r * math.cos(a), 0.5 + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+
+def _filled(vertices):
+    return lambda draw, side: draw.polygon([(side * x, side * y) for x, y in vertices], fill=255)
+
+
+def _circle(draw, side):
+    draw.ellipse([0, 0, side, side], fill=255)
+
+
+def _ring(draw, side):
+    _circle(draw, side)
+    draw.ellipse([0.28 * side, 0.28 * side, 0.72 * side, 0.72 * side], fill=0)
+
+
+def _cross(draw, side):
+    draw.rectangle([0.34 * side, 0, 0.66 * side, side], fill=255)
+    draw.rectangle([0, 0.34 * side, side, 0.66 * side], fill=255)
+
+
+SHAPES = {
+    "circle": _circle,
+    "cross": _cross,
+    "ring": _ring,
+    "square": _filled(_polygon([0.7] * 4, turn=math.pi / 4)),
+    "star": _filled(_polygon([0.5, 0.2] * 5)),
+    "triangle": _filled(_polygon([0.55] * 3)),
+}
+
+
+def draw_mask(rng, name, side):
+    """The shape as a greyscale mask, turned and stretched at random; its longer side is about `side` pixels."""
+    large = SUPERSAMPLE * side
+    mask = Image.new("L", (large, large))
+    SHAPES[name](ImageDraw.Draw(mask), large)
+    mask = mask.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR, expand=True)
+    aspect = math.exp(rng.uniform(-0.4, 0.4))
+    width, height = side * min(1, aspect), side * min(1, 1 / aspect)
+    return mask.resize((max(6, round(width)), max(6, round(height))), Image.Resampling.BOX)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def draw_image(rng):
+    """A PIL image and its objects: dicts of name, box (VOC's 1-based inclusive corners), difficult, truncated."""
+    width, height = (int(side) for side in rng.integers(280, 501, size=2))
+    image = draw_background(rng, width, height)
+    owner = np.full((height, width), -1)  # which object each pixel shows
+    drawn = []  # (name, pixels it would show alone and whole)
+    count = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, 8))
+    for number in range(count):
+        name = str(rng.choice(list(SHAPES)))
+        low, high = SIDES[rng.choice(len(SIDES), p=SIDE_ODDS)]
+        mask = draw_mask(rng, name, int(rng.integers(low, high)))
+        # Up to a third of a shape may lie outside the frame.
+        x = int(rng.integers(-mask.width // 3, width - 2 * mask.width // 3))
+        y = int(rng.integers(-mask.height // 3, height - 2 * mask.height // 3))
+        colour = tuple(int(c) for c in rng.integers(0, 256, size=3))
+        image.paste(colour, (x, y), mask)
+        solid = np.asarray(mask) > 127
+        drawn.append((name, int(solid.sum())))
+        inside = solid[max(0, -y) : height - y, max(0, -x) : width - x]
+        region = owner[max(0, y) : y + mask.height, max(0, x) : x + mask.width]
+        region[inside] = number
+    noise = rng.normal(0, rng.uniform(0, 8), size=(height, width, 1))
+    image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    objects = [describe_object(owner == number, name, pixels) for number, (name, pixels) in enumerate(drawn)]
+    return image, [one for one in objects if one is not None]
+
+
+def describe_object(visible, name, pixels):
+    """The annotation of an object of which `visible` (H, W) bool is seen; None if that is next to nothing."""
+    share = visible.sum() / pixels
+    if share < 0.1:
+        return None
+    rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+    height, width = visible.shape
+    truncated = rows[0] == 0 or columns[0] == 0 or rows[-1] == height - 1 or columns[-1] == width - 1
+    return {
+        "name": name,
+        "box": (int(columns[0]) + 1, int(rows[0]) + 1, int(columns[-1]) + 1, int(rows[-1]) + 1),
+        "difficult": bool(share < LITTLE_VISIBLE),
+        "truncated": bool(truncated),
+    }
+
+
+def draw_background(rng, width, height):
+    """Blurred patches of colour, strokes and specks: something to tell objects from."""
+    coarse = rng.integers(0, 256, size=(int(rng.integers(3, 9)), int(rng.integers(3, 9)), 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(10, 40))):
+        colour = tuple(int(c) for c in rng.integers(0, 256, size=3))
+        points = [(int(x), int(y)) for x, y in zip(rng.integers(0, width, 3), rng.integers(0, height, 3), strict=True)]
+        draw.line(points, fill=colour, width=int(rng.integers(1, 5)), joint="curve")
+    return image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.5))))
+
+
+def to_xml(name, size, objects):
+    """A VOC annotation."""
+    width, height = size
+    lines = [f"<annotation><folder>synthetic</folder><filename>{escape(name)}.jpg</filename>"]
+    lines.append(f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>")
+    for one in objects:
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), one["box"], strict=True)
+        lines.append(
+            f"<object><name>{one['name']}</name><truncated>{int(one['truncated'])}</truncated>"
+            f"<difficult>{int(one['difficult'])}</difficult>"
+            f"<bndbox>{''.join(f'<{tag}>{value}</{tag}>' for tag, value in corners)}</bndbox></object>"
+        )
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+if __name__ == "__main__":
+    main()
