@@ -87,7 +87,12 @@ PRESETS = {
     "lite": TrainConfig(
         name="lite", trunk="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3, epochs=36, workers=1
     ),
-}
+    # make demo: shapes that synthetic.py draws, learnt in minutes on two cores.
+    "demo": TrainConfig(
+        name="demo", data="data/synthetic", trunk="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3,
+        epochs=8, batch_size=16, augment=False, warmup_steps=20, ema_decay=0.98, workers=1,
+    ),
+}  # fmt: skip
 FLAGS = (
     "name", "data", "images", "trunk", "trunk_weights", "epochs", "batch_size", "lr", "workers", "seed", "device",
     "precision",

@@ -26,9 +26,10 @@ def has_fast_bf16(device):
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    if device.type == "cpu":
+        # torch has no public question for this in all versions that requirements.txt admits.
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
     return False
 
 

@@ -1,0 +1,204 @@
+"""Matching against a slow, obvious loop; mining and both losses against cases worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from loss import IGNORED, MultiBoxLoss, match
+from model import FPNSSD, ModelConfig, encode_boxes
+
+
+def make_batch(images):
+    """images: lists of (xyxy in 0..1, label, difficult, crowd) -> a padded batch."""
+    most = max((len(objects) for objects in images), default=0)
+    batch = {
+        "boxes_unit": torch.zeros(len(images), most, 4),
+        "labels": torch.zeros(len(images), most, dtype=torch.long),
+        "difficult": torch.zeros(len(images), most, dtype=torch.bool),
+        "crowd": torch.zeros(len(images), most, dtype=torch.bool),
+    }
+    for i, objects in enumerate(images):
+        for n, (box, label, difficult, crowd) in enumerate(objects):
+            batch["boxes_unit"][i, n] = torch.tensor(box)
+            batch["labels"][i, n] = label
+            batch["difficult"][i, n] = difficult
+            batch["crowd"][i, n] = crowd
+    return batch
+
+
+def overlap_32(a, b):
+    """IoU in float32 like torch's, from plain arithmetic on tensors of one number each."""
+    side = [torch.minimum(a[k + 2], b[k + 2]) - torch.maximum(a[k], b[k]) for k in (0, 1)]
+    intersection = side[0].clamp(min=0) * side[1].clamp(min=0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return (intersection / union).item(), intersection.item()
+
+
+def slow_match(priors, objects, min_overlap=0.5):
+    """One image, pair by pair: (label of each prior, object of each prior or None)."""
+    corners = [torch.tensor([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]) for cx, cy, w, h in priors.tolist()]
+    boxes = [torch.tensor(box) for box, *_ in objects]
+    wanted = [n for n, (_, _, _, crowd) in enumerate(objects) if not crowd]
+    overlap = {(n, p): overlap_32(boxes[n], corners[p])[0] for n in wanted for p in range(len(priors))}
+    owner = [None] * len(priors)
+    for p in range(len(priors)):
+        best = max(wanted, key=lambda n: (overlap[n, p], -n), default=None)
+        if best is not None and overlap[best, p] >= min_overlap:
+            owner[p] = best
+    free_objects, free_priors = set(wanted), set(range(len(priors)))
+    while free_objects and free_priors:
+        n, p = max(((n, p) for n in free_objects for p in free_priors), key=lambda np: (overlap[np], -np[0], -np[1]))
+        owner[p] = n
+        free_objects.remove(n)
+        free_priors.remove(p)
+    labels = [0 if n is None else objects[n][1] for n in owner]
+    for n, (_, _, _, crowd) in enumerate(objects):
+        for p in range(len(priors)):
+            area = (corners[p][2] - corners[p][0]) * (corners[p][3] - corners[p][1])
+            if crowd and owner[p] is None and overlap_32(boxes[n], corners[p])[1] / area >= 0.5:
+                labels[p] = IGNORED
+    return labels, owner
+
+
+def random_objects(generator, count, grid):
+    """Boxes with corners on a coarse grid, so that equal overlaps are common."""
+    objects = []
+    for _ in range(count):
+        x, y = torch.randint(0, grid - 1, (2,), generator=generator).tolist()
+        w, h = torch.randint(1, grid // 2, (2,), generator=generator).tolist()
+        box = (x / grid, y / grid, min(x + w, grid) / grid, min(y + h, grid) / grid)
+        label, chance = torch.randint(1, 4, (1,), generator=generator).item(), torch.rand(1, generator=generator).item()
+        objects.append((box, label, False, chance < 0.15))
+    return objects
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(1500, marks=pytest.mark.long)])
+def test_match_equals_the_slow_loop(cases):
+    generator = torch.Generator().manual_seed(0)
+    grid = 8  # a power of two: coordinates, areas and ties are exact in float32
+    for _ in range(cases):
+        side = 2 ** torch.randint(1, 3, (1,), generator=generator).item()
+        cells = (torch.arange(side) + 0.5) / side
+        y, x = torch.meshgrid(cells, cells, indexing="ij")
+        shapes = torch.tensor([(0.25, 0.25), (0.5, 0.25), (0.25, 0.5)])
+        centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, 3, -1)
+        priors = torch.cat([centres, shapes.expand(len(centres), -1, -1)], dim=-1).reshape(-1, 4)
+        counts = torch.randint(0, 7, (3,), generator=generator).tolist()
+        images = [random_objects(generator, count, grid) for count in counts]
+        labels, matched = match(priors, make_batch(images))
+        for i, objects in enumerate(images):
+            expected_labels, owner = slow_match(priors, objects)
+            assert labels[i].tolist() == expected_labels
+            assert [m if n is not None else None for m, n in zip(matched[i].tolist(), owner, strict=True)] == owner
+
+
+def test_more_objects_than_priors_leaves_some_without():
+    priors = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]])
+    box = (0.0, 0.0, 0.5, 1.0)
+    labels, _ = match(priors, make_batch([[(box, 1, 0, 0), (box, 2, 0, 0), (box, 3, 0, 0)]]))
+    assert labels.tolist() == [[1, 2]]  # the lower objects came first, the second took what was left
+
+
+def test_difficult_objects_are_learnt_or_set_aside():
+    priors = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]])
+    batch = make_batch([[((0.0, 0.0, 0.5, 0.5), 2, True, False)]])
+    assert match(priors, batch)[0].tolist() == [[2, 0]]
+    assert match(priors, batch, difficult_positive=False)[0].tolist() == [[IGNORED, 0]]
+
+
+def test_batch_without_any_object():
+    priors = torch.tensor([[0.5, 0.5, 1.0, 1.0]])
+    labels, matched = match(priors, make_batch([[], []]))
+    assert labels.tolist() == matched.tolist() == [[0], [0]]
+
+
+# Four priors in a row; the first matches the object exactly.
+ROW = torch.tensor([[0.125, 0.5, 0.25, 1.0], [0.375, 0.5, 0.25, 1.0], [0.625, 0.5, 0.25, 1.0], [0.875, 0.5, 0.25, 1.0]])
+OBJECT = ((0.0, 0.0, 0.25, 1.0), 1, False, False)
+
+
+def logits_with_losses(background_losses):
+    """Two-class logits (1, P, 2) whose cross-entropy for class 0 is as given."""
+    probabilities = [math.exp(-loss) for loss in background_losses]
+    return torch.tensor([[[math.log(p), math.log(1 - p)] for p in probabilities]])
+
+
+def test_mining_by_hand():
+    # Positive: prior 0, p(object) = 1 - exp(-0.1). Negatives 2.0, 1.0, 0.5: with ratio 2 the first two are mined.
+    logits = logits_with_losses([0.1, 0.5, 2.0, 1.0])
+    positive_loss = -math.log(1 - math.exp(-0.1))
+    loss = MultiBoxLoss(ROW, negative_ratio=2, min_negatives=1)
+    terms = loss(torch.zeros(1, 4, 4), logits, make_batch([[OBJECT]]))
+    assert terms["class"].item() == pytest.approx(positive_loss + 2.0 + 1.0, abs=1e-5)
+    # The configured minimum takes over where the ratio asks for less, and all negatives where there are no more.
+    for min_negatives, expected in ((3, 3.5), (100, 3.5)):
+        loss = MultiBoxLoss(ROW, negative_ratio=1, min_negatives=min_negatives)
+        terms = loss(torch.zeros(1, 4, 4), logits, make_batch([[OBJECT]]))
+        assert terms["class"].item() == pytest.approx(positive_loss + expected, abs=1e-5)
+
+
+def test_image_without_objects_teaches_background():
+    logits = logits_with_losses([0.1, 0.5, 2.0, 1.0]).requires_grad_()
+    offsets = torch.zeros(1, 4, 4, requires_grad=True)
+    terms = MultiBoxLoss(ROW, min_negatives=2)(offsets, logits, make_batch([[]]))
+    assert terms["class"].item() == pytest.approx(3.0, abs=1e-5)  # divided by at least 1
+    assert terms["box"].item() == 0
+    (terms["class"] + terms["box"]).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(offsets.grad).all()
+
+
+def test_crowds_are_neither_positive_nor_mined():
+    # The crowd covers prior 1 and three fifths of prior 2 (IoU under a half with each), and nothing of prior 3.
+    crowd = ((0.25, 0.0, 0.65, 1.0), 1, False, True)
+    labels, _ = match(ROW, make_batch([[OBJECT, crowd]]))
+    assert labels.tolist() == [[1, IGNORED, IGNORED, 0]]
+    logits = logits_with_losses([0.1, 5.0, 6.0, 1.0])
+    terms = MultiBoxLoss(ROW)(torch.zeros(1, 4, 4), logits, make_batch([[OBJECT, crowd]]))
+    assert terms["class"].item() == pytest.approx(-math.log(1 - math.exp(-0.1)) + 1.0, abs=1e-5)
+
+
+def test_box_loss_by_hand():
+    # Off by 0.4 (quadratic part: 0.08) and by 3 (linear part: 2.5); priors without an object count nothing.
+    offsets = torch.full((1, 4, 4), 7.0)
+    offsets[0, 0] = encode_boxes(torch.tensor([0.125, 0.5, 0.25, 1.0]), ROW[0]) + torch.tensor([0.4, 0.0, -3.0, 0.0])
+    terms = MultiBoxLoss(ROW)(offsets, torch.zeros(1, 4, 2), make_batch([[OBJECT]]))
+    assert terms["box"].item() == pytest.approx(0.08 + 2.5, abs=1e-5)
+
+
+def test_loss_of_a_batch_is_that_of_its_images():
+    """Both normalised by the batch's positives: padding one image to the length of another changes nothing."""
+    generator = torch.Generator().manual_seed(1)
+    priors = torch.rand(50, 4, generator=generator) * 0.5 + 0.1
+    images = [random_objects(generator, count, 8) for count in (5, 0, 2)]
+    offsets, logits = torch.randn(3, 50, 4, generator=generator), torch.randn(3, 50, 4, generator=generator)
+    loss = MultiBoxLoss(priors)
+    together = loss(offsets, logits, make_batch(images))
+    positives, sums = 0, {"box": 0.0, "class": 0.0}
+    for i in range(3):
+        alone = make_batch(images[i : i + 1])
+        count = int((match(priors, alone)[0] > 0).sum())
+        for name, value in loss(offsets[i : i + 1], logits[i : i + 1], alone).items():
+            sums[name] += value.item() * max(1, count)
+        positives += count
+    for name in sums:
+        assert together[name].item() == pytest.approx(sums[name] / positives, rel=1e-5)
+
+
+def test_resnet50_learns_a_fixed_batch():
+    torch.manual_seed(0)
+    model = FPNSSD(ModelConfig(classes=("a", "b"), image_size=128), trunk_weights="none")
+    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    batch = make_batch([[((0.1, 0.1, 0.5, 0.6), 1, 0, 0), ((0.6, 0.5, 0.7, 0.6), 2, 0, 0)], [((0, 0, 0.9, 0.9), 2, 0, 0)]])
+    loss = MultiBoxLoss(model.priors)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    values = []
+    for _ in range(20):
+        terms = loss(*model(images), batch)
+        total = terms["box"] + terms["class"]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        values.append(total.item())
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])
