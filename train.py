@@ -85,7 +85,14 @@ PRESETS = {
     "voc2012": TrainConfig(),
     # The small detector: trains in minutes to hours on a CPU, from weights that an installable package carries.
     "lite": TrainConfig(
-        name="lite", trunk="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3, epochs=36, workers=1
+        name="lite",
+        trunk="tf_efficientnet_lite0",
+        fpn_channels=128,
+        frozen_stages=3,
+        epochs=36,
+        batch_size=16,
+        warmup_steps=50,
+        workers=1,
     ),
     # make demo: shapes that synthetic.py draws, learnt in minutes on two cores.
     "demo": TrainConfig(
