@@ -68,7 +68,7 @@ class ModelConfig:
         if len(set(self.classes)) != len(self.classes):
             twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
             raise ValueError(f"classes named twice: {', '.join(twice)}")
-        for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 1, 2048)):
+        for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
@@ -135,7 +135,9 @@ def _norm_conv(in_channels, channels, kernel, stride=1):
     """A convolution and group norm: trunks differ tenfold in the size of their features, and heads must not."""
     conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    return nn.Sequential(conv, nn.GroupNorm(math.gcd(32, channels), channels))
+    # Sixteen channels a group: the coarsest level is one cell, and a group has to hold several values there too.
+    groups = channels // 16 if channels % 16 == 0 else 1
+    return nn.Sequential(conv, nn.GroupNorm(groups, channels))
 
 
 class FPN(nn.Module):
@@ -176,6 +178,9 @@ class FPNSSD(nn.Module):
         for head in (*box_heads, *class_heads):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
+        for head in class_heads:  # three in four are background at first, as in what the loss mines
+            with torch.no_grad():
+                head.bias.view(-1, len(config.classes) + 1)[:, 0] = math.log(3 * len(config.classes))
         # On the CPU even while the rest is built on the meta device: these are values, not parameters to be loaded.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, device="cpu").view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, device="cpu").view(3, 1, 1))
