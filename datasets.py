@@ -91,7 +91,9 @@ class DataList:
         bad = ~(np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         if bad.any():
             entry = objects[order[bad.argmax()]]
-            raise DataError(f"{path}: annotation {entry.get('id')} has an empty box {entry['bbox']}; list the data anew")
+            raise DataError(
+                f"{path}: annotation {entry.get('id')} has an empty box {entry['bbox']}; list the data anew"
+            )
 
         def column(values, dtype):
             return np.array(list(values), dtype=dtype)[order]
@@ -323,7 +325,7 @@ def collate(samples):
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, index, occurrence) in an order drawn from the seed and the epoch; `start` samples in, if resumed."""
+    """Yields (epoch, index, occurrence) in an order drawn from the seed and the epoch, `start` samples in."""
 
     def __init__(self, length, seed=0):
         self.length = length

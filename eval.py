@@ -2,6 +2,8 @@
 
     python eval.py                                    # the default checkpoint on data/voc2012, split val
     python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
+
+`evaluate` scores whatever predicts, for training too.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def _mean(values):
 
 
 def match_class(data_list, detections, label, min_overlap):
-    """Which detections of one class are right: (is_true (n,) bool, best first, ignored ones left out, number of all)."""
+    """Which detections of a class are right: (is_true (n,) bool, best first, without ignored ones; number of all)."""
     scores, claims = [], []  # a claim is the row of the object found, or -1 for none, or -2 for one to be ignored
     for image, result in enumerate(detections):
         chosen = result["labels"] == label
@@ -191,8 +191,6 @@ def to_coco_results(data_list, detections):
     results = []
     for row, result in enumerate(detections):
         boxes = box_convert(result["boxes"].double(), "xyxy", "xywh")
-        for box, score, label in zip(
-            boxes.tolist(), result["scores"].tolist(), result["labels"].tolist(), strict=True
-        ):
+        for box, score, label in zip(boxes.tolist(), result["scores"].tolist(), result["labels"].tolist(), strict=True):
             results.append({"image_id": row + 1, "category_id": label, "bbox": box, "score": score})
     return results

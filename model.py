@@ -79,7 +79,9 @@ class ModelConfig:
             )
         numbers = [*self.scales, *(r for ratios in self.aspect_ratios for r in ratios)]
         if not all(isinstance(n, (int, float)) and 0 < n <= 16 for n in numbers) or len(numbers) > 7 * 8:
-            raise ValueError(f"scales and aspect ratios must be numbers in (0, 16], at most 7 ratios a level: {numbers}")
+            raise ValueError(
+                f"scales and aspect ratios must be numbers in (0, 16], at most 7 ratios a level: {numbers}"
+            )
 
     @property
     def priors_per_cell(self):
@@ -416,7 +418,7 @@ def save_checkpoint(path, model, **extra):
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU, its "model" a ready FPNSSD. CheckpointError, FileNotFoundError."""
+    """The dict that save_checkpoint wrote, on the CPU, "model" a ready FPNSSD. CheckpointError, FileNotFoundError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}: python train.py makes one, under runs/NAME/best.pth.tar")
     if not zipfile.is_zipfile(path):  # before torch looks: its older formats are of no use here

