@@ -21,7 +21,7 @@ from defusedxml import DefusedXmlException
 from tqdm import tqdm
 
 from datasets import DataError, read_image
-from utils import written_whole
+from utils import InputError, written_whole
 
 # fmt: off
 VOC_CLASSES = (
@@ -53,7 +53,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         create_data_lists(Path(args.voc), args.splits, Path(args.out), read_class_file(args.classes))
-    except (DataError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"create_data_lists: {error}")
 
 

@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils import InputError
+
 FILL = (124, 116, 104)  # ImageNet's mean colour: what lies outside the image
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data list or an image that cannot be used; says which, and what to do."""
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets import DataError, fit_image
 from model import DEFAULT_CHECKPOINT, FPNSSD, last_loaded_model, load_checkpoint, postprocess
-from utils import autocast, pick_device, pick_precision, written_whole
+from utils import InputError, autocast, pick_device, pick_precision, written_whole
 
 _model_in_use = None
 
@@ -29,7 +29,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         model = load_checkpoint(args.checkpoint)["model"].to(pick_device(args.device))
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"detect: {error}")
     failures = 0
     taken = set()
@@ -42,7 +42,7 @@ def main(argv=None):
                 raise DataError(f"{written} is the photograph itself: choose another --out")
             with written_whole(written) as temporary:
                 annotate(image, detections, model.config.classes).save(temporary, picture_format(written), quality=92)
-        except (DataError, OSError, ValueError) as error:
+        except (InputError, OSError) as error:
             failures += 1
             print(f"detect: {name}: {error}", file=sys.stderr)
             continue
@@ -107,7 +107,7 @@ def detect(image, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, mod
     model = model if model is not None else _default_model()
     unknown = sorted(set(suppress or ()) - set(model.config.classes))
     if unknown:
-        raise ValueError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(model.config.classes)}")
+        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(model.config.classes)}")
     image = ImageOps.exif_transpose(image).convert("RGB")
     detections = find_objects(image, model, min_score, max_overlap, top_k, suppress)
     return annotate(image, detections, model.config.classes)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from datasets import DataError, DataList, fit_image, read_image
 from metrics import compute_metrics
 from model import DEFAULT_CHECKPOINT, load_checkpoint, postprocess
-from utils import autocast, pick_device, pick_precision, written_whole
+from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
 
 
 def main(argv=None):
@@ -35,8 +35,8 @@ def main(argv=None):
         start = time.perf_counter()
         metrics = evaluate(predict_fn, data_list, model.config.image_size, args.batch_size, args.workers)
         seconds = time.perf_counter() - start
-    except (DataError, ValueError, OSError) as error:
-        sys.exit(f"eval: {error}")
+    except (InputError, OSError) as error:
+        sys.exit(f"eval: {explain(error)}")
     metrics["settings"] = {
         "checkpoint": str(args.checkpoint),
         "data_list": data_list.path,

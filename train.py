@@ -38,7 +38,7 @@ from datasets import (
 from eval import check_same_classes, evaluate, format_table, make_predict_fn
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
-from utils import autocast, pick_device, pick_precision, written_whole
+from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,8 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         metrics = train(make_config(args), resume=args.resume)
-    except (DataError, TrainingStopped, ValueError, OSError, RuntimeError) as error:
-        if type(error) is RuntimeError and "weights" not in str(error):
-            raise  # not one of ours: the traceback is worth more than the sentence
-        sys.exit(f"train: {error}")
+    except (InputError, TrainingStopped, OSError) as error:
+        sys.exit(f"train: {explain(error)}")
     return metrics
 
 
@@ -136,27 +134,41 @@ def parse_args(argv):
 
 
 def make_config(args):
-    """The preset, with what the command line says instead."""
+    """The preset (to resume, the run's own config), with what the command line says instead."""
     changes = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     types = {f.name: f.type for f in fields(TrainConfig)}
     for assignment in args.set:
         name, _, text = assignment.partition("=")
         if name not in types:
-            raise ValueError(f"--set {assignment}: TrainConfig has no field {name!r}; it has {', '.join(types)}")
+            raise InputError(f"--set {assignment}: TrainConfig has no field {name!r}; it has {', '.join(types)}")
         try:
             value = text if types[name] is str else types[name](ast.literal_eval(text))
         except (ValueError, SyntaxError, TypeError):
-            raise ValueError(f"--set {assignment}: {text!r} is no {types[name].__name__}") from None
+            raise InputError(f"--set {assignment}: {text!r} is no {types[name].__name__}") from None
         changes[name] = value
-    config = replace(PRESETS[args.preset], **changes)
+    config = PRESETS[args.preset]
+    if args.resume:
+        config = saved_config(changes.get("name", config.name)) or config
+    config = replace(config, **changes)
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
-        raise ValueError(f"run name {config.name!r} has to be a plain folder name")
+        raise InputError(f"run name {config.name!r} has to be a plain folder name")
     for name in ("epochs", "batch_size", "eval_every"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.optimizer not in ("adamw", "sgd"):
-        raise ValueError(f"optimizer {config.optimizer!r} is neither adamw nor sgd")
+        raise InputError(f"optimizer {config.optimizer!r} is neither adamw nor sgd")
     return config
+
+
+def saved_config(name):
+    """The TrainConfig of runs/NAME, or None where there is none."""
+    path = Path("runs") / name / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return TrainConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is no configuration of this version's: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +218,7 @@ def freeze(model, config):
     """Takes frozen stages and batch norm out of training, for good; set_train_mode keeps them in evaluation mode."""
     stages = trunk_stages(model.trunk)
     if not -1 <= config.frozen_stages < len(stages):
-        raise ValueError(
+        raise InputError(
             f"frozen_stages is {config.frozen_stages}; trunk {config.trunk!r} takes -1 (none) to {len(stages) - 1}"
         )
     for modules in stages[: config.frozen_stages + 1]:
@@ -323,7 +335,7 @@ def check_same_run(config, saved, path):
         if name not in free and saved.get(name) != value
     ]
     if changed:
-        raise ValueError(f"{path} was trained with another recipe, so it cannot be resumed: {'; '.join(changed)}")
+        raise InputError(f"{path} was trained with another recipe, so it cannot be resumed: {'; '.join(changed)}")
 
 
 def train(config, resume=False):
@@ -332,11 +344,13 @@ def train(config, resume=False):
     precision = pick_precision(config.precision, device)
     folder = Path("runs") / config.name
     if not resume and (folder / "last.pth.tar").exists():
-        raise ValueError(f"{folder} has a run already: --resume goes on with it, --name starts another")
+        raise InputError(f"{folder} has a run already: --resume goes on with it, --name starts another")
     data, images = Path(config.data), config.images or None
     train_list = DataList.load(data / f"{config.train_split}.json", images)
     val_list = DataList.load(data / f"{config.val_split}.json", images)
     check_same_classes(train_list.classes, val_list, train_list.path)
+    if len(train_list) == 0:
+        raise DataError(f"{train_list.path} has no images to train on")
 
     augment = AugmentConfig() if config.augment else NO_AUGMENTATION
     dataset = DetectionDataset(train_list, config.image_size, augment, config.seed)

