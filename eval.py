@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets import DataError, DataList, fit_image, read_image
+from datasets import DataError, DataList, DetectionDataset, make_loader
 from metrics import compute_metrics
 from model import DEFAULT_CHECKPOINT, load_checkpoint, postprocess
 from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
@@ -86,34 +85,12 @@ def make_predict_fn(model, device, precision, min_score=0.01, max_overlap=0.45, 
     return predict_fn
 
 
-class _WholeImages(Dataset):
-    """Index -> the image as the network sees it outside training, and its size."""
-
-    def __init__(self, data_list, image_size):
-        self.data_list = data_list
-        self.image_size = image_size
-
-    def __len__(self):
-        return len(self.data_list)
-
-    def __getitem__(self, index):
-        image = read_image(self.data_list.image_path(index))
-        return fit_image(image, self.image_size), (image.height, image.width)
-
-
-def _stack(samples):
-    images, sizes = zip(*samples, strict=True)
-    return torch.stack(images), sizes
-
-
 def evaluate(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
     """The metrics (see metrics.compute_metrics) of whatever predict_fn answers for every image of a DataList."""
-    loader = torch.utils.data.DataLoader(
-        _WholeImages(data_list, image_size), batch_size, num_workers=workers, collate_fn=_stack
-    )
+    loader = make_loader(DetectionDataset(data_list, image_size), batch_size, workers=workers)
     detections = []
-    for images, sizes in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
-        detections += predict_fn(images, sizes)
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
+        detections += predict_fn(batch["image"], batch["size"])
     return compute_metrics(data_list, detections)
 
 

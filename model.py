@@ -412,9 +412,21 @@ torch.serialization.add_safe_globals([build_model])
 
 
 def save_checkpoint(path, model, **extra):
-    """Writes {"model": model, "format_version": ..., **extra} whole or not at all; `extra` is tensors and builtins."""
+    """Writes {"model": model, "format_version": ..., **extra} whole or not at all; `extra` is tensors and builtins.
+
+    All tensors go to the CPU first: a file written beside a GPU has to load where there is none.
+    """
     with written_whole(path) as temporary:
-        torch.save({"format_version": FORMAT_VERSION, "model": _PickledModel(model), **extra}, temporary)
+        content = {"format_version": FORMAT_VERSION, "model": _PickledModel(model), **_on_cpu(extra)}
+        torch.save(content, temporary)
+
+
+def _on_cpu(tree):
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_on_cpu(value) for value in tree)
+    return tree.cpu() if isinstance(tree, torch.Tensor) else tree
 
 
 def load_checkpoint(path):

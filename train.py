@@ -379,6 +379,8 @@ def train(config, resume=False):
     )
 
     metrics = None
+    if run.step >= config.epochs * steps_per_epoch:
+        print(f"nothing left to do: all {config.epochs} epochs of {folder} are trained")
     with StopOnSignal() as stop:
         for epoch in range(run.step // steps_per_epoch, config.epochs):
             sampler.epoch = epoch
