@@ -128,7 +128,7 @@ def parse_args(argv):
     for name in FLAGS:
         default = getattr(PRESETS["voc2012"], name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"voc2012: {default!r}")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any other field of TrainConfig")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any field")
     parser.add_argument("--resume", action="store_true", help="go on with runs/NAME")
     return parser.parse_args(argv)
 
@@ -142,9 +142,13 @@ def make_config(args):
         if name not in types:
             raise InputError(f"--set {assignment}: TrainConfig has no field {name!r}; it has {', '.join(types)}")
         try:
-            value = text if types[name] is str else types[name](ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError):
-            raise InputError(f"--set {assignment}: {text!r} is no {types[name].__name__}") from None
+            value = text if types[name] is str else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = None
+        if types[name] is float and type(value) is int:
+            value = float(value)
+        if type(value) is not types[name]:
+            raise InputError(f"--set {assignment}: {text!r} is no {types[name].__name__}")
         changes[name] = value
     config = PRESETS[args.preset]
     if args.resume:

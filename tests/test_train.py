@@ -57,8 +57,8 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def test_command_line_over_preset():
-    config = make_config(parse_args(["--preset", "lite", "--epochs", "3", "--set", "lr=0.5", "augment=False"]))
-    assert config == replace(PRESETS["lite"], epochs=3, lr=0.5, augment=False)
+    config = make_config(parse_args(["--preset", "lite", "--epochs", "3", "--set", "lr=1", "--set", "augment=False"]))
+    assert config == replace(PRESETS["lite"], epochs=3, lr=1.0, augment=False)
     assert make_config(parse_args([])) == TrainConfig()
 
 
@@ -67,6 +67,7 @@ def test_command_line_over_preset():
     [
         (["--set", "learning_rate=1"], "no field 'learning_rate'"),
         (["--set", "lr=fast"], "'fast' is no float"),
+        (["--set", "frozen_stages=1.5"], r"'1\.5' is no int"),
         (["--epochs", "0"], "epochs is 0"),
         (["--set", "optimizer=lion"], "'lion' is neither adamw nor sgd"),
         (["--name", "../x"], "plain folder name"),
