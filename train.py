@@ -246,7 +246,7 @@ def warmed_up_ema(decay):
     """AveragedModel's update rule: decay min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten."""
 
     def update(averaged, current, num_averaged):
-        n = int(num_averaged)  # on the CPU, so this waits for nothing
+        n = int(num_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
 
     return update
@@ -282,14 +282,14 @@ class StopOnSignal:
 class Run:
     """Everything that changes while training, and its way to and from runs/NAME/last.pth.tar."""
 
-    def __init__(self, config, classes, device):
+    def __init__(self, config, classes, device, trunk_weights):
         self.config = config
         self.folder = Path("runs") / config.name
         torch.manual_seed(config.seed)
         model_config = ModelConfig(
             classes=classes, trunk=config.trunk, image_size=config.image_size, fpn_channels=config.fpn_channels
         )
-        self.model = FPNSSD(model_config, config.trunk_weights).to(device, memory_format=torch.channels_last)
+        self.model = FPNSSD(model_config, trunk_weights).to(device, memory_format=torch.channels_last)
         freeze(self.model, config)
         self.ema = AveragedModel(self.model, multi_avg_fn=warmed_up_ema(config.ema_decay))
         self.optimizer = build_optimizer(self.model, config)
@@ -314,7 +314,11 @@ class Run:
     def load(self, file_name="last.pth.tar"):
         path = self.folder / file_name
         checkpoint = load_checkpoint(path)
+        if "train_config" not in checkpoint:
+            raise InputError(f"{path} holds a model, but no run that could be resumed")
         check_same_run(self.config, checkpoint["train_config"], path)
+        if checkpoint["model"].config != self.model.config:
+            raise InputError(f"{path} was trained on other classes than {self.config.data} has now")
         self.ema.module.load_state_dict(checkpoint["model"].state_dict())
         self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.model.load_state_dict(checkpoint["raw_model"])
@@ -363,7 +367,8 @@ def train(config, resume=False):
     loader = make_loader(dataset, batch_size, sampler, config.workers, pin_memory=device.type == "cuda")
     steps_per_epoch = len(dataset) // batch_size
 
-    run = Run(config, train_list.classes, device)
+    # A run that goes on has its weights: it needs no download.
+    run = Run(config, train_list.classes, device, "none" if resume else config.trunk_weights)
     if resume:
         run.load()
     with written_whole(folder / "config.json") as temporary:
