@@ -37,5 +37,5 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:
-	rm -rf .venv data runs
+clean:  # what make made; your data and runs stay
+	rm -rf .venv data/synthetic data/synthetic_voc runs/demo

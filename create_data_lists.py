@@ -30,12 +30,13 @@ VOC_CLASSES = (
 )
 # fmt: on
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+
 
 @dataclass
 class Annotation:
     """One image's XML, before anything is decided about it: objects are (name, corners, difficult)."""
 
-    file_name: str
     size: tuple | None  # (height, width), None where the XML does not say
     objects: list
 
@@ -91,10 +92,19 @@ def read_class_file(path):
     """Names, one a line; None without a path."""
     if path is None:
         return None
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = read_lines(path)
     if not names or len(set(names)) != len(names):
         raise DataError(f"class file {path} must name each class once, one a line; it has {names}")
     return tuple(names)
+
+
+def read_lines(path):
+    """A text file's lines without white space around them, and without the empty ones."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no UTF-8 text file") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +120,9 @@ def read_voc_split(voc, name):
     if not split_file.is_file():
         there = ", ".join(sorted(file.stem for file in split_file.parent.glob("*.txt"))) or "none"
         raise DataError(f"no split {name!r}: {split_file} is missing; splits there: {there}")
-    image_ids = [line.split()[0] for line in split_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # VOC's lists of one class have a flag behind the name; other people's names have spaces.
+    xml_of = voc / "Annotations"
+    image_ids = [line if (xml_of / f"{line}.xml").is_file() else line.split()[0] for line in read_lines(split_file)]
     if not image_ids:
         raise DataError(f"split {name!r} is empty: {split_file} names no image")
     split = Split(name)
@@ -130,13 +142,16 @@ def check_voc_image(voc, image_id):
     """(file_name, size, objects) or None where the image cannot be used, and the problems met."""
     xml = voc / "Annotations" / f"{image_id}.xml"
     try:
-        annotation = parse_voc_xml(xml, image_id)
+        annotation = parse_voc_xml(xml)
     except DataError as error:
         return None, [("annotation unusable, image left out", str(error))]
     folder = voc / "JPEGImages"
-    path = folder / annotation.file_name
+    # By the split's own name for it: <filename> is often wrong in folders that somebody renamed.
+    path = next((path for ending in IMAGE_ENDINGS if (path := folder / f"{image_id}{ending}").is_file()), None)
+    if path is None:
+        return None, [("image missing, left out", f"{folder / image_id} with {', '.join(IMAGE_ENDINGS)}")]
     if not path.resolve().is_relative_to(folder.resolve()):
-        return None, [("image outside the image folder, left out", f"{xml} names {annotation.file_name!r}")]
+        return None, [("image outside the image folder, left out", str(path))]
     try:
         image = read_image(path)
     except DataError as error:
@@ -144,7 +159,7 @@ def check_voc_image(voc, image_id):
     size = (image.height, image.width)
     problems = []
     if annotation.size not in (None, size):
-        said = f"{annotation.size[1]}x{annotation.size[0]}"
+        said = f"{annotation.size[1]:g}x{annotation.size[0]:g}"
         sentence = f"{xml} says {said}, {path} is {size[1]}x{size[0]}"
         return None, [("size differs from the annotation's, image left out", sentence)]
     objects = []
@@ -154,10 +169,10 @@ def check_voc_image(voc, image_id):
             problems.append((problem, f"{xml}: {name} {corners} in {size[1]}x{size[0]}"))
         if box is not None:
             objects.append((name, box, difficult))
-    return (annotation.file_name, size, objects), problems
+    return (path.relative_to(folder).as_posix(), size, objects), problems
 
 
-def parse_voc_xml(xml, image_id):
+def parse_voc_xml(xml):
     """An Annotation; DataError names the file and what is wrong with it."""
     try:
         root = ElementTree.parse(xml).getroot()
@@ -182,9 +197,7 @@ def parse_voc_xml(xml, image_id):
         corners = tuple(number(box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
         objects.append((name, corners, (element.findtext("difficult") or "0").strip() == "1"))
     return Annotation(
-        # The split's own name for the image finds it: <filename> is often wrong in folders that were renamed.
-        file_name=f"{image_id}.jpg",
-        size=None if size is None else (int(number(size, "height")), int(number(size, "width"))),
+        size=None if size is None else (number(size, "height"), number(size, "width")),
         objects=objects,
     )
 

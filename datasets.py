@@ -64,14 +64,20 @@ class DataList:
 
     @classmethod
     def load(cls, path, images=None):
-        """Reads a list that create_data_lists.py wrote (any COCO JSON will do). images: overrides info.image_root."""
+        """Reads a list as create_data_lists.py writes it; images: overrides info.image_root.
+
+        DataError names what is wrong: no COCO JSON, an id that is unknown or there twice, a box that is empty or
+        leaves its image.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls._from_coco(path, content, images)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"{path} is no COCO JSON data list ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -81,6 +87,8 @@ class DataList:
         category_ids = tuple(category["id"] for category in content["categories"])
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
         row_of = {image["id"]: row for row, image in enumerate(content["images"])}
+        if len(row_of) != len(content["images"]) or len(label_of) != len(category_ids):
+            raise DataError(f"{path} gives the same id to two images or categories")
         objects = content["annotations"]
         for entry in objects:
             for key, known in (("image_id", row_of), ("category_id", label_of)):
@@ -90,12 +98,15 @@ class DataList:
         order = np.argsort(rows, kind="stable")
         boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)[order]
         boxes[:, 2:] += boxes[:, :2]
-        bad = ~(np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+        sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int64).reshape(-1, 2)
+        limits = np.concatenate([sizes, sizes], axis=1)[:, ::-1][rows[order]]  # (n, 4): width, height, width, height
+        # Written so that NaN is bad too. A hundredth of a pixel is what rounding may add.
+        good = (boxes >= -0.01).all(axis=1) & (boxes <= limits + 0.01).all(axis=1)
+        bad = ~(good & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         if bad.any():
             entry = objects[order[bad.argmax()]]
-            raise DataError(
-                f"{path}: annotation {entry.get('id')} has an empty box {entry['bbox']}; list the data anew"
-            )
+            problem = f"annotation {entry.get('id')} has a box {entry['bbox']} that is empty or leaves its image"
+            raise DataError(f"{path}: {problem}; list the data anew")
 
         def column(values, dtype):
             return np.array(list(values), dtype=dtype)[order]
@@ -105,7 +116,7 @@ class DataList:
             image_root=root,
             file_names=[image["file_name"] for image in content["images"]],
             image_ids=[image["id"] for image in content["images"]],
-            sizes=np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int64).reshape(-1, 2),
+            sizes=sizes,
             first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
             boxes=boxes,
             labels=column((label_of[entry["category_id"]] for entry in objects), np.int64),
@@ -291,13 +302,13 @@ class DetectionDataset(Dataset):
                 f"{target['size'][1]}x{target['size'][0]}: list the data anew"
             )
         boxes = target["boxes"].astype(np.float64)
-        view = sample_view(rng, target["size"], boxes, self.augment)
+        view = sample_view(rng, target["size"], boxes[~target["crowd"]], self.augment)
         flip = bool(rng.random() < self.augment.flip)
         colour_matrix = sample_colour_matrix(rng, self.augment)
         pixels, placement = render_view(image, view, self.image_size, flip, colour_matrix)
         moved = move_boxes(boxes, placement, self.image_size, flip)
-        # What is left under a pixel wide or high is nothing to learn from.
-        kept = centre_inside(boxes, view) & (moved[:, 2:] - moved[:, :2] >= 1).all(axis=1)
+        # What is left under a pixel wide or high is nothing to learn from; any part of a crowd is still a crowd.
+        kept = (centre_inside(boxes, view) | target["crowd"]) & (moved[:, 2:] - moved[:, :2] >= 1).all(axis=1)
         return {
             "image": torch.from_numpy(pixels).permute(2, 0, 1),  # uint8 (3, S, S)
             "boxes_unit": torch.from_numpy((moved[kept] / self.image_size).astype(np.float32)),  # (n, 4)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets import DataError, fit_image
 from model import DEFAULT_CHECKPOINT, FPNSSD, last_loaded_model, load_checkpoint, postprocess
-from utils import InputError, autocast, pick_device, pick_precision, written_whole
+from utils import InputError, autocast, pick_device, pick_precision, whole_number, written_whole
 
 _model_in_use = None
 
@@ -31,15 +31,15 @@ def main(argv=None):
         model = load_checkpoint(args.checkpoint)["model"].to(pick_device(args.device))
     except (InputError, OSError) as error:
         sys.exit(f"detect: {error}")
-    failures = 0
-    taken = set()
+    failures, taken = 0, set()
+    photographs = {Path(name).resolve() for name in args.images}
     for name in args.images:
         try:
             image = open_photograph(name)
             detections = find_objects(image, model, args.min_score, args.max_overlap, args.top_k)
             written = Path(args.out) / free_name(Path(name).name, taken)
-            if written.exists() and written.samefile(name):
-                raise DataError(f"{written} is the photograph itself: choose another --out")
+            if written.resolve() in photographs:
+                raise DataError(f"{written} is itself one of the photographs: choose another --out")
             with written_whole(written) as temporary:
                 annotate(image, detections, model.config.classes).save(temporary, picture_format(written), quality=92)
         except (InputError, OSError) as error:
@@ -61,7 +61,7 @@ def parse_args(argv):
     parser.add_argument("--out", default="detected_img", help="folder that gets the annotated copies")
     parser.add_argument("--min-score", type=float, default=0.25)
     parser.add_argument("--max-overlap", type=float, default=0.5)
-    parser.add_argument("--top-k", type=int, default=200)
+    parser.add_argument("--top-k", type=whole_number(1), default=200)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
@@ -78,7 +78,7 @@ def open_photograph(path):
 
 
 def free_name(file_name, taken):
-    """The file name, numbered if another photograph of this call has it already: nothing is overwritten."""
+    """The file name, numbered if another photograph of this call has it already."""
     path, number = Path(file_name), 1
     while file_name in taken:
         number += 1
@@ -136,7 +136,10 @@ def find_objects(image, model: FPNSSD, min_score=0.25, max_overlap=0.5, top_k=20
     finally:
         model.train(was_training)
     for name in suppress or ():
-        logits[..., model.config.classes.index(name) + 1] = -torch.inf
+        # Its share goes to background: spread over the other classes it would raise their scores.
+        label = model.config.classes.index(name) + 1
+        logits[..., 0] = torch.logaddexp(logits[..., 0], logits[..., label])
+        logits[..., label] = -torch.inf
     size = (image.height, image.width)
     (detections,) = postprocess(offsets, logits, model.priors, [size], min_score, max_overlap, top_k)
     return {name: tensor.cpu() for name, tensor in detections.items()}

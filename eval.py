@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets import DataError, DataList, DetectionDataset, make_loader
 from metrics import compute_metrics
 from model import DEFAULT_CHECKPOINT, load_checkpoint, postprocess
-from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
+from utils import InputError, autocast, explain, pick_device, pick_precision, whole_number, written_whole
 
 
 def main(argv=None):
@@ -62,9 +62,9 @@ def parse_args(argv):
     parser.add_argument("--json", help="file that gets the numbers")
     parser.add_argument("--min-score", type=float, default=0.01)
     parser.add_argument("--max-overlap", type=float, default=0.45)
-    parser.add_argument("--top-k", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--top-k", type=whole_number(1), default=200)
+    parser.add_argument("--batch-size", type=whole_number(1), default=16)
+    parser.add_argument("--workers", type=whole_number(0), default=2)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     return parser.parse_args(argv)

@@ -231,18 +231,21 @@ def build_trunk(name, weights="none"):
         raise InputError(f"trunk {name!r} has strides {reductions}, but an FPN needs 8, 16 and 32")
     indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in (8, 16, 32)]
     trunk = timm.create_model(name, features_only=True, pretrained=False, out_indices=indices)
+    wanted = trunk.state_dict()
+    unsaved = sorted(set(dict(trunk.named_buffers())) - set(wanted))
+    if unsaved:  # build_model could not restore them
+        raise InputError(f"trunk {name!r} keeps {unsaved[0]!r} out of its state dict, so checkpoints would lack it")
     if weights != "none":
-        state = trunk_state_dict(name, weights)
-        wanted = trunk.state_dict()
-        absent = sorted(
-            key for key in wanted if key not in state or tuple(state[key].shape) != tuple(wanted[key].shape)
-        )
+        # For some trunks timm's features_only writes stages_0 where the whole network has stages.0.
+        given = {key.replace(".", "_"): tensor for key, tensor in trunk_state_dict(name, weights).items()}
+        state = {key: given.get(key.replace(".", "_")) for key in wanted}
+        absent = sorted(key for key in wanted if state[key] is None or state[key].shape != wanted[key].shape)
         if absent:
             raise InputError(
                 f"trunk weights {weights!r} do not fit {name!r}: {len(absent)} of its {len(wanted)} tensors are "
                 f"missing or of another shape, the first {absent[0]!r}"
             )
-        trunk.load_state_dict({key: state[key] for key in wanted})
+        trunk.load_state_dict(state)
     if name in WEIGHT_PACKAGES:
         return trunk, (127.0,) * 3, (128.0,) * 3
     pretrained_cfg = timm.get_pretrained_cfg(_tagged(name)) or timm.get_pretrained_cfg(name)
@@ -298,6 +301,8 @@ def postprocess(offsets, logits, priors, sizes, min_score=0.01, max_overlap=0.45
     at most top_k an image: a list of B dicts of boxes (m, 4) xyxy in pixels clipped to the image, scores (m,), labels
     (m,), best first; equal scores in the order prior, class.
     """
+    if not (0 <= max_overlap <= 1 and top_k >= 1):
+        raise InputError(f"max_overlap is {max_overlap} and top_k {top_k}; they must be in 0..1 and at least 1")
     scores = logits.softmax(dim=-1)[..., 1:].flatten(1)  # (B, P * C)
     return [
         _decode_image(offsets[i], scores[i], priors, sizes[i], min_score, max_overlap, top_k) for i in range(len(sizes))

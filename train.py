@@ -2,8 +2,8 @@
 
     python train.py                                   # preset voc2012: data/voc2012, resnet50
     python train.py --data data/vocreal --trunk tf_efficientnet_lite0 --epochs 12 --name lite
-    python train.py --preset lite --data data/vocreal --name lite --set trunk_lr_scale=0.1
-    python train.py --name lite --resume              # goes on where runs/lite/last.pth.tar stopped
+    python train.py --preset lite --data data/vocreal --name small --set trunk_lr_scale=0.1
+    python train.py --name small --resume             # goes on where runs/small/last.pth.tar stopped
 
 Ctrl-C saves last.pth.tar after the running step and ends; a second one ends at once.
 """
@@ -156,9 +156,9 @@ def make_config(args):
     config = replace(config, **changes)
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
         raise InputError(f"run name {config.name!r} has to be a plain folder name")
-    for name in ("epochs", "batch_size", "eval_every"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("eval_every", 1), ("workers", 0), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least {least}")
     if config.optimizer not in ("adamw", "sgd"):
         raise InputError(f"optimizer {config.optimizer!r} is neither adamw nor sgd")
     return config
@@ -221,6 +221,8 @@ def trunk_stages(trunk):
 def freeze(model, config):
     """Takes frozen stages and batch norm out of training, for good; set_train_mode keeps them in evaluation mode."""
     stages = trunk_stages(model.trunk)
+    if len(stages) == 1 and config.frozen_stages >= 0:
+        raise InputError(f"the stages of trunk {config.trunk!r} are not known: --set frozen_stages=-1 trains all of it")
     if not -1 <= config.frozen_stages < len(stages):
         raise InputError(
             f"frozen_stages is {config.frozen_stages}; trunk {config.trunk!r} takes -1 (none) to {len(stages) - 1}"
@@ -282,12 +284,16 @@ class StopOnSignal:
 class Run:
     """Everything that changes while training, and its way to and from runs/NAME/last.pth.tar."""
 
-    def __init__(self, config, classes, device, trunk_weights):
+    def __init__(self, config, train_list, device, trunk_weights):
         self.config = config
+        self.num_images = len(train_list)
         self.folder = Path("runs") / config.name
         torch.manual_seed(config.seed)
         model_config = ModelConfig(
-            classes=classes, trunk=config.trunk, image_size=config.image_size, fpn_channels=config.fpn_channels
+            classes=train_list.classes,
+            trunk=config.trunk,
+            image_size=config.image_size,
+            fpn_channels=config.fpn_channels,
         )
         self.model = FPNSSD(model_config, trunk_weights).to(device, memory_format=torch.channels_last)
         freeze(self.model, config)
@@ -309,6 +315,7 @@ class Run:
             log=self.log,
             train_config=asdict(self.config),
             torch_rng=torch.get_rng_state(),
+            num_images=self.num_images,
         )
 
     def load(self, file_name="last.pth.tar"):
@@ -319,6 +326,9 @@ class Run:
         check_same_run(self.config, checkpoint["train_config"], path)
         if checkpoint["model"].config != self.model.config:
             raise InputError(f"{path} was trained on other classes than {self.config.data} has now")
+        if checkpoint["num_images"] != self.num_images:
+            counts = f"{checkpoint['num_images']} images, {self.config.data} has {self.num_images} now"
+            raise InputError(f"{path} was trained on {counts}: its epochs would differ; start another run (--name)")
         self.ema.module.load_state_dict(checkpoint["model"].state_dict())
         self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.model.load_state_dict(checkpoint["raw_model"])
@@ -368,7 +378,7 @@ def train(config, resume=False):
     steps_per_epoch = len(dataset) // batch_size
 
     # A run that goes on has its weights: it needs no download.
-    run = Run(config, train_list.classes, device, "none" if resume else config.trunk_weights)
+    run = Run(config, train_list, device, "none" if resume else config.trunk_weights)
     if resume:
         run.load()
     with written_whole(folder / "config.json") as temporary:
@@ -395,10 +405,9 @@ def train(config, resume=False):
             sampler.epoch = epoch
             sampler.start = run.step % steps_per_epoch * batch_size
             row = train_epoch(run, loader, multibox_loss, precision, epoch, steps_per_epoch, stop)
-            if stop.wanted:
+            if stop.wanted and run.step < (epoch + 1) * steps_per_epoch:
                 run.save("last.pth.tar")
-                print(f"stopped in epoch {epoch + 1}, after step {run.step}; go on with --name {config.name} --resume")
-                return metrics
+                break
             is_last = epoch + 1 == config.epochs
             if (epoch + 1) % config.eval_every == 0 or is_last:
                 predict_fn = make_predict_fn(run.ema.module, device, precision)
@@ -412,6 +421,10 @@ def train(config, resume=False):
                 run.save("best.pth.tar")
             run.save("last.pth.tar")
             run.write_log()
+            if stop.wanted:
+                break
+    if stop.wanted:
+        print(f"stopped after step {run.step}; go on with --name {config.name} --resume")
     if metrics:
         print(format_table(metrics))
     return metrics

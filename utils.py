@@ -1,5 +1,6 @@
 """What several scripts need: an error to show, where to compute and how precisely, a file whole or not at all."""
 
+import argparse
 import contextlib
 import os
 import tempfile
@@ -17,6 +18,19 @@ def explain(error):
     return str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
 
 
+def whole_number(least):
+    """A type for argparse: int(text), at least `least`."""
+
+    def parse(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse names it when int() fails
+    return parse
+
+
 def pick_device(name="auto"):
     """torch.device for "auto", "cpu", "cuda" or "mps"; auto takes the first of cuda, mps, cpu that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -25,7 +39,12 @@ def pick_device(name="auto"):
     if not available.get(name.split(":")[0], False):
         there = ", ".join(kind for kind, there in available.items() if there)
         raise InputError(f"device {name!r} is not available here; there is: {there} (--device auto picks one)")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs, from cuda:0"
+        )
+    return device
 
 
 def has_fast_bf16(device):

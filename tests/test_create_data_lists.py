@@ -95,6 +95,8 @@ def spoil(voc, defect):
         xml.write_text('<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]><annotation>&y;</annotation>')
     elif defect == "no number":
         xml.write_text(xml.read_text().replace("<xmin>1</xmin>", "<xmin>one</xmin>"))
+    elif defect == "size nan":
+        xml.write_text(xml.read_text().replace("<width>100</width>", "<width>nan</width>"))
     elif defect == "no bndbox":
         xml.write_text(xml.read_text().replace("bndbox", "box"))
     elif defect == "no image":
@@ -115,7 +117,8 @@ def spoil(voc, defect):
         ("entity bomb", "b.xml does not parse"),
         ("no number", "<xmin> is 'one', not a number"),
         ("no bndbox", "an <object> without <bndbox>"),
-        ("no image", "b.jpg is missing"),
+        ("no image", "image missing, left out: "),
+        ("size nan", "says nanx80"),
         ("cut image", "b.jpg cannot be read"),
         ("text image", "b.jpg cannot be read"),
         ("other size", "says 100x80"),
@@ -137,6 +140,19 @@ def test_names_cannot_leave_the_image_folder(tmp_path):
     create_data_lists(tmp_path / "voc", ["train"], tmp_path)
     assert [image["file_name"] for image in listed(tmp_path)["images"]] == ["a.jpg"]
     assert "outside the image folder" in (tmp_path / "problems.txt").read_text()
+
+
+def test_other_endings_names_with_spaces_and_flags(tmp_path):
+    for name in ("one two", "b", "c"):
+        add_image(tmp_path / "voc", name, [("dog", 1, 1, 50, 50, 0)])
+    images = tmp_path / "voc" / "JPEGImages"
+    Image.open(images / "b.jpg").save(images / "b.png")
+    (images / "b.jpg").unlink()
+    (images / "c.jpg").rename(images / "c.JPG")
+    split_file = tmp_path / "voc" / "ImageSets" / "Main" / "train.txt"
+    split_file.write_text("\ufeffone two\nb  1\nc -1\n", encoding="utf-8")
+    create_data_lists(tmp_path / "voc", ["train"], tmp_path)
+    assert [image["file_name"] for image in listed(tmp_path)["images"]] == ["one two.jpg", "b.png", "c.JPG"]
 
 
 def test_images_without_objects_are_kept(tmp_path):

@@ -178,7 +178,12 @@ def test_data_list_without_objects(tmp_path):
     [
         ({"annotations": [{"id": 5, "image_id": 8, "category_id": 1, "bbox": [0, 0, 1, 1]}]}, "5 names image_id 8"),
         ({"annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [0, 0, 1, 1]}]}, "category_id 2"),
-        ({"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [0, 0, 0, 1]}]}, "5 has an empty box"),
+        (
+            {"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [0, 0, 0, 1]}]},
+            "5 has a box",
+        ),
+        ({"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [5, 5, 9, 9]}]}, "leaves its image"),
+        ({"images": [{"id": 7, "file_name": "a", "width": 1, "height": 2}] * 2}, "same id to two images"),
         ({"images": [{"id": 7}]}, "no COCO JSON data list"),
     ],
 )

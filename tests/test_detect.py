@@ -86,12 +86,20 @@ def test_command_line(folder, tmp_path, capsys):
     assert all(line.split()[0] in ("cat", "dog") for line in lines)
 
 
-def test_the_photograph_itself_is_never_overwritten(folder, capsys):
+def test_photographs_are_never_overwritten(folder, tmp_path, capsys):
     before = (folder / "photo.jpg").read_bytes()
     with pytest.raises(SystemExit):
         main([str(folder / "photo.jpg"), "--checkpoint", str(folder / "small.pth.tar"), "--out", str(folder)])
-    assert "is the photograph itself" in capsys.readouterr().err
+    assert "is itself one of the photographs" in capsys.readouterr().err
     assert (folder / "photo.jpg").read_bytes() == before
+    other = tmp_path / "photo.jpg"
+    other.write_bytes(before)
+    with pytest.raises(SystemExit):  # nor another one of the same call
+        main(
+            [str(folder / "photo.jpg"), str(other)]
+            + ["--checkpoint", str(folder / "small.pth.tar"), "--out", str(tmp_path)]
+        )
+    assert other.read_bytes() == before
 
 
 def test_suppressed_classes_are_gone(folder):
@@ -99,7 +107,12 @@ def test_suppressed_classes_are_gone(folder):
     image = Image.open(folder / "photo.jpg")
     labels = find_objects(image, model, min_score=0.1)["labels"].unique().tolist()
     assert labels == [1, 2]
-    assert find_objects(image, model, min_score=0.1, suppress=["cat"])["labels"].unique().tolist() == [2]
+    everything = find_objects(image, model, min_score=0.1, top_k=10_000)
+    without = find_objects(image, model, min_score=0.1, top_k=10_000, suppress=["cat"])
+    assert without["labels"].unique().tolist() == [2]
+    dogs = everything["labels"] == 2
+    torch.testing.assert_close(without["scores"], everything["scores"][dogs])  # no dog gains from it
+    torch.testing.assert_close(without["boxes"], everything["boxes"][dogs])
     with pytest.raises(ValueError, match="cannot suppress cow"):
         detect(image, suppress=["cow"], model=model)
 
