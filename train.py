@@ -97,7 +97,7 @@ PRESETS = {
     # make demo: shapes that synthetic.py draws, learnt in minutes on two cores.
     "demo": TrainConfig(
         name="demo", data="data/synthetic", trunk="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3,
-        epochs=8, batch_size=16, augment=False, warmup_steps=20, ema_decay=0.98, workers=1,
+        trunk_lr_scale=1.0, epochs=8, batch_size=8, augment=False, warmup_steps=30, ema_decay=0.98, workers=1,
     ),
 }  # fmt: skip
 FLAGS = (
