@@ -1,6 +1,6 @@
 """Draws a small data set in VOC's layout: six kinds of shape on cluttered backgrounds. Needs no download.
 
-    python synthetic.py --out data/synthetic_voc --train 400 --val 60 --seed 0
+    python synthetic.py --out data/synthetic_voc --train 300 --val 60 --seed 0
 
 Objects come in all three of COCO's sizes, overlap, are cut off by the frame, and are `difficult` where little of them
 shows; some images hold none. An image is decided by the seed, its split and its number alone.
@@ -18,8 +18,8 @@ from utils import written_whole
 
 EMPTY_SHARE = 0.06  # images without objects
 SUPERSAMPLE = 2  # shapes are drawn larger and shrunk, for smooth edges
-SIDES = ((20, 32), (32, 96), (96, 200))  # of objects in pixels: COCO's small, medium, large
-SIDE_ODDS = (0.2, 0.5, 0.3)
+SIDES = ((24, 32), (32, 96), (96, 200))  # of objects in pixels: COCO's small, medium, large
+SIDE_ODDS = (0.15, 0.5, 0.35)
 LITTLE_VISIBLE = 0.35  # below this share of its pixels an object is difficult
 
 
@@ -28,7 +28,7 @@ def main(argv=None):
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="data/synthetic_voc", help="folder that gets the VOC layout")
-    parser.add_argument("--train", type=int, default=400, help="number of images")
+    parser.add_argument("--train", type=int, default=300, help="number of images")
     parser.add_argument("--val", type=int, default=60, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
