@@ -1,30 +1,63 @@
-"""Data list -> (image, target): reading, SSD's augmentation, loading.
+"""Data list -> samples -> batches.
 
-    dataset = DetectionDataset(DataList.load("data/vocreal/train.json"), image_size=300, augment=True, seed=0)
+    dataset = DetectionDataset(DataList.load("data/vocreal/train.json"), augment=AugmentConfig(), seed=0)
     loader = make_loader(dataset, batch_size=32, epoch_sampler=EpochSampler(len(dataset), seed=0))
 
-An augmented sample is two sampled things: a view, the rectangle of the original image that fills the network's square
-(larger than the image when SSD zooms out), and a 3x4 colour matrix. Each costs one pass over few pixels.
+    python datasets.py data/vocreal/train.json --preview preview.png     # what training will see
+
+The augmentation itself is in augment.py, the cache of decoded images in pixel_cache.py.
 """
 
+import argparse
+import contextlib
+import hashlib
 import json
-import math
+import pickle
 import signal
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
-from utils import InputError
+from augment import FILL, NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic, render_view
+from utils import InputError, explain, set_fields, whole_number, written_whole
 
-FILL = (124, 116, 104)  # ImageNet's mean colour: what lies outside the image
+MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
+ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
 
 
 class DataError(InputError):
-    """A data list or an image that cannot be used; says which, and what to do."""
+    """A data list or an image that cannot be used; says which, and what to do. kind: what it is, without names."""
+
+    def __init__(self, message, kind="unusable"):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Strings:
+    """A list of strings as two arrays: worker processes share these, where each would copy a list of str."""
+
+    def __init__(self, data, ends):
+        self.data, self.ends = data, ends  # uint8 (bytes,), UTF-8; int64 (n,)
+
+    @classmethod
+    def of(cls, strings):
+        encoded = [string.encode("utf-8") for string in strings]
+        ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        start = self.ends[index - 1] if index > 0 else 0
+        return self.data[start : self.ends[index]].tobytes().decode("utf-8")
 
 
 @dataclass
@@ -33,45 +66,78 @@ class DataList:
 
     path: str
     image_root: Path
-    file_names: list
-    image_ids: list
-    sizes: np.ndarray  # (images, 2) int64, height and width
-    first: np.ndarray  # (images + 1,) int64
-    boxes: np.ndarray  # (objects, 4) float32, xyxy in pixels
-    labels: np.ndarray  # (objects,) int64, 1..C
-    difficult: np.ndarray  # (objects,) bool
-    crowd: np.ndarray  # (objects,) bool
     classes: tuple  # names of labels 1..C
     category_ids: tuple  # their ids in the file
+    file_names: Strings  # relative to image_root
+    image_ids: np.ndarray  # (images,) int64; Strings where the file has other ids than integers
+    sizes: np.ndarray  # (images, 2) int32, height and width
+    apply_exif: np.ndarray  # (images,) bool: sizes and boxes are those of the image turned by its EXIF orientation
+    first: np.ndarray  # (images + 1,) int64
+    boxes: np.ndarray  # (objects, 4) float32, xyxy in pixels
+    labels: np.ndarray  # (objects,) int32, 1..C
+    difficult: np.ndarray  # (objects,) bool
+    crowd: np.ndarray  # (objects,) bool
+    arrays_file: Path | None = None  # where the arrays are mapped from, if they are
 
     def __len__(self):
-        return len(self.file_names)
+        return len(self.sizes)
 
     def target(self, index):
         """dict of boxes (n, 4), labels, difficult, crowd (n,), image_id, size (h, w), as numpy arrays."""
         rows = slice(self.first[index], self.first[index + 1])
+        image_id = self.image_ids[index]
         return {
             "boxes": self.boxes[rows],
-            "labels": self.labels[rows],
+            "labels": self.labels[rows].astype(np.int64),
             "difficult": self.difficult[rows],
             "crowd": self.crowd[rows],
-            "image_id": self.image_ids[index],
-            "size": tuple(int(side) for side in self.sizes[index]),
+            "image_id": image_id if isinstance(image_id, str) else int(image_id),
+            "size": tuple(self.sizes[index].tolist()),
         }
 
     def image_path(self, index):
         return self.image_root / self.file_names[index]
 
+    def read_image(self, index):
+        """The whole image as PIL's, RGB, of the size that the list says; DataError otherwise."""
+        path, (height, width) = self.image_path(index), self.sizes[index]
+        try:
+            image = read_image(path, self.apply_exif[index])
+        except DataError as error:
+            sentence = f"{error}; {self.path} lists it (--images FOLDER if the photographs moved)"
+            raise DataError(sentence, error.kind) from error
+        if (image.height, image.width) != (height, width):
+            raise DataError(
+                f"image {path} is {image.width}x{image.height} pixels, but {self.path} says {width}x{height}: "
+                "list the data anew"
+            )
+        return image
+
     @classmethod
     def load(cls, path, images=None):
         """Reads a list as create_data_lists.py writes it; images: overrides info.image_root.
 
-        DataError names what is wrong: no COCO JSON, an id that is unknown or there twice, a box that is empty or
+        A large list's arrays are kept in a file beside it, which the next loads map into memory instead of reading the
+        JSON. DataError names what is wrong: no COCO JSON, an id that is unknown or there twice, a box that is empty or
         leaves its image.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+        if path.stat().st_size < ARRAYS_FROM:
+            return cls._from_json(path, images)
+        arrays_file, content_hash = path.with_suffix(".arrays"), hash_file(path)
+        if _stored_hash(arrays_file) != content_hash:
+            data_list = cls._from_json(path)
+            try:
+                data_list._write_arrays(arrays_file, content_hash)
+            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+                print(f"note: cannot write {arrays_file} ({error}): {path} is parsed each time", file=sys.stderr)
+                return replace(data_list, image_root=Path(images)) if images else data_list
+        return cls._from_arrays(path, images, arrays_file)
+
+    @classmethod
+    def _from_json(cls, path, images=None):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls._from_coco(path, content, images)
@@ -82,8 +148,6 @@ class DataList:
 
     @classmethod
     def _from_coco(cls, path, content, images):
-        # An image root that is no absolute path is meant from where the list lies.
-        root = Path(images) if images else path.parent / content.get("info", {}).get("image_root", ".")
         category_ids = tuple(category["id"] for category in content["categories"])
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
         row_of = {image["id"]: row for row, image in enumerate(content["images"])}
@@ -94,12 +158,12 @@ class DataList:
             for key, known in (("image_id", row_of), ("category_id", label_of)):
                 if entry[key] not in known:
                     raise DataError(f"{path}: annotation {entry.get('id')} names {key} {entry[key]!r}, not in the file")
-        rows = np.array([row_of[entry["image_id"]] for entry in objects], dtype=np.int64)
+        rows = np.fromiter((row_of[entry["image_id"]] for entry in objects), np.int64, len(objects))
         order = np.argsort(rows, kind="stable")
         boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)[order]
         boxes[:, 2:] += boxes[:, :2]
-        sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int64).reshape(-1, 2)
-        limits = np.concatenate([sizes, sizes], axis=1)[:, ::-1][rows[order]]  # (n, 4): width, height, width, height
+        sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int32).reshape(-1, 2)
+        limits = sizes[rows[order]][:, [1, 0, 1, 0]]  # (n, 4): width, height, width, height
         # Written so that NaN is bad too. A hundredth of a pixel is what rounding may add.
         good = (boxes >= -0.01).all(axis=1) & (boxes <= limits + 0.01).all(axis=1)
         bad = ~(good & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
@@ -107,165 +171,131 @@ class DataList:
             entry = objects[order[bad.argmax()]]
             problem = f"annotation {entry.get('id')} has a box {entry['bbox']} that is empty or leaves its image"
             raise DataError(f"{path}: {problem}; list the data anew")
+        image_ids = [image["id"] for image in content["images"]]
+        whole = all(isinstance(image_id, int) for image_id in image_ids)
 
         def column(values, dtype):
-            return np.array(list(values), dtype=dtype)[order]
+            return np.fromiter(values, dtype, len(objects))[order]
 
         return cls(
             path=str(path),
-            image_root=root,
-            file_names=[image["file_name"] for image in content["images"]],
-            image_ids=[image["id"] for image in content["images"]],
-            sizes=sizes,
-            first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
-            boxes=boxes,
-            labels=column((label_of[entry["category_id"]] for entry in objects), np.int64),
-            difficult=column((entry.get("difficult", 0) for entry in objects), bool),
-            crowd=column((entry.get("iscrowd", 0) for entry in objects), bool),
+            # An image root that is no absolute path is meant from where the list lies.
+            image_root=Path(images) if images else path.parent / content.get("info", {}).get("image_root", "."),
             classes=tuple(category["name"] for category in content["categories"]),
             category_ids=category_ids,
+            file_names=Strings.of([image["file_name"] for image in content["images"]]),
+            image_ids=np.array(image_ids, dtype=np.int64) if whole else Strings.of(map(str, image_ids)),
+            sizes=sizes,
+            apply_exif=np.array([image.get("apply_exif", False) for image in content["images"]], dtype=bool),
+            first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
+            boxes=boxes,
+            labels=column((label_of[entry["category_id"]] for entry in objects), np.int32),
+            difficult=column((entry.get("difficult", 0) for entry in objects), bool),
+            crowd=column((entry.get("iscrowd", 0) for entry in objects), bool),
         )
 
+    def _write_arrays(self, arrays_file, content_hash):
+        root, beside = self.image_root, arrays_file.parent
+        content = {"content_hash": content_hash}
+        content["image_root"] = str(root.relative_to(beside) if root.is_relative_to(beside) else root)
+        content |= {"classes": list(self.classes), "category_ids": list(self.category_ids)}
+        for name, value in vars(self).items():
+            if isinstance(value, Strings):
+                content |= {f"{name}.data": torch.tensor(value.data), f"{name}.ends": torch.tensor(value.ends)}
+            elif isinstance(value, np.ndarray):
+                content[name] = torch.from_numpy(value)
+        with written_whole(arrays_file) as temporary:
+            torch.save(content, temporary)
 
-def read_image(path):
-    """An RGB PIL image, fully decoded; a DataError that names the file otherwise."""
+    @classmethod
+    def _from_arrays(cls, path, images, arrays_file):
+        content = torch.load(arrays_file, mmap=True, weights_only=True)
+        fields = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
+        arrays = {name: value.numpy() for name, value in content.items() if isinstance(value, torch.Tensor)}
+        for array in arrays.values():
+            array.view(np.uint8).max(initial=0)  # one pass in order now, in place of page faults here and there later
+        for name in ("file_names", "image_ids"):
+            if f"{name}.data" in arrays:
+                arrays[name] = Strings(arrays.pop(f"{name}.data"), arrays.pop(f"{name}.ends"))
+        return cls(
+            path=str(path),
+            image_root=Path(images) if images else Path(path).parent / fields["image_root"],
+            classes=tuple(fields["classes"]),
+            category_ids=tuple(fields["category_ids"]),
+            arrays_file=arrays_file,
+            **arrays,
+        )
+
+    def __reduce_ex__(self, protocol):
+        if self.arrays_file is None:
+            return super().__reduce_ex__(protocol)
+        # A spawned worker maps the same file: nothing is copied.
+        return DataList._from_arrays, (self.path, self.image_root, self.arrays_file)
+
+
+def _stored_hash(arrays_file):
+    """The hash of the JSON that an arrays file was made of; None where there is no such file, or no whole one."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"image {path} is missing (--images FOLDER if the photographs moved)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {path} cannot be read: {error}") from error
+        return torch.load(arrays_file, mmap=True, weights_only=True)["content_hash"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+        return None
+
+
+def hash_file(path):
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
+# Images
 
 
-@dataclass(frozen=True)
-class AugmentConfig:
-    """SSD's augmentation (arXiv:1512.02325, section 2.2 and 3.6); every probability and range."""
-
-    zoom_out: float = 0.5  # probability
-    zoom_out_max: float = 4.0  # the view's sides, up to so many times the image's
-    crop_min_overlaps: tuple = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # drawn evenly; 1 is no crop
-    crop_trials: int = 50
-    crop_min_side: float = 0.3
-    crop_max_aspect: float = 2.0
-    flip: float = 0.5  # probability
-    brightness: float = 32.0  # grey levels, added
-    contrast: float = 0.5  # factor 1 +- this
-    saturation: float = 0.5  # factor 1 +- this
-    hue: float = 18.0  # degrees
-    colour: float = 0.5  # probability of each of the four
-
-
-NO_AUGMENTATION = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), flip=0, colour=0)
-
-
-def sample_view(rng, size, boxes, config):
-    """SSD's zoom-out and IoU crop in one: a rectangle (x0, y0, x1, y1) in pixels of the image, which it may exceed.
-
-    size: (height, width); boxes (n, 4). A crop must overlap some object by the drawn IoU and hold some object's centre.
-    """
-    height, width = size
-    view = np.array([0.0, 0.0, width, height])
-    if rng.random() < config.zoom_out:
-        ratio = rng.uniform(1, config.zoom_out_max)
-        left, top = rng.uniform(0, (ratio - 1) * width), rng.uniform(0, (ratio - 1) * height)
-        view = np.array([-left, -top, ratio * width - left, ratio * height - top])
-    min_overlap = config.crop_min_overlaps[rng.integers(len(config.crop_min_overlaps))]
-    if min_overlap >= 1 or len(boxes) == 0:
-        return view
-    canvas_sides = view[2:] - view[:2]
-    for _ in range(config.crop_trials):
-        sides = canvas_sides * rng.uniform(config.crop_min_side, 1, size=2)
-        corner = view[:2] + rng.uniform(0, 1, size=2) * (canvas_sides - sides)
-        if not 1 / config.crop_max_aspect <= sides[0] / sides[1] <= config.crop_max_aspect:
-            continue
-        crop = np.concatenate([corner, corner + sides])
-        if _overlaps(crop, boxes).max() >= min_overlap and centre_inside(boxes, crop).any():
-            return crop
-    return view
+@contextlib.contextmanager
+def open_image(path):
+    """A PIL image, not yet decoded, for a with block; what goes wrong inside is a DataError that names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            yield image
+    except FileNotFoundError:
+        raise DataError(f"image {path} is missing", "image missing") from None
+    except Image.UnidentifiedImageError:
+        raise DataError(f"image {path} is no image that can be read", "file is no image") from None
+    except Image.DecompressionBombError as error:  # raised before anything is decoded
+        raise DataError(f"image {path} is refused: {error}", "image too large") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"image {path} is damaged: {error}", "image damaged") from error
 
 
-def _overlaps(crop, boxes):
-    """IoU of one rectangle (4,) with boxes (n, 4)."""
-    sides = np.minimum(crop[2:], boxes[:, 2:]) - np.maximum(crop[:2], boxes[:, :2])
-    intersection = sides.clip(min=0).prod(axis=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return intersection / (areas + (crop[2:] - crop[:2]).prod() - intersection)
+def read_image(path, apply_exif=False):
+    """A decoded RGB PIL image, turned by its EXIF orientation if asked to; DataError names the file otherwise."""
+    with open_image(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
 
 
-def centre_inside(boxes, view):
-    """Which boxes (n, 4) have their centre in the view (4,): the ones SSD keeps."""
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((centres >= view[:2]) & (centres < view[2:])).all(axis=1)
-
-
-# RGB -> YIQ (NTSC): Y is luma, I and Q the plane that hue turns and saturation scales.
-_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-_LUMA = _YIQ[0]
-
-
-def sample_colour_matrix(rng, config):
-    """A 3x4 matrix (linear part, then offset in grey levels) that changes brightness, contrast, saturation and hue.
-
-    The definition of the change: brightness adds, contrast scales, saturation blends with luma, hue turns in YIQ, with
-    no rounding or clipping in between. SSD's order: brightness first, contrast second or last. None: no change.
-    """
-
-    def factor(spread):
-        return 1 + rng.uniform(-spread, spread) if rng.random() < config.colour else 1.0
-
-    shift = rng.uniform(-config.brightness, config.brightness) if rng.random() < config.colour else 0.0
-    contrast, saturation = factor(config.contrast), factor(config.saturation)
-    angle = math.radians(rng.uniform(-config.hue, config.hue)) if rng.random() < config.colour else 0.0
-    # Contrast is a plain factor and saturation and hue are linear, so the order of these three changes nothing.
-    blend = saturation * np.eye(3) + (1 - saturation) * np.tile(_LUMA, (3, 1))
-    turn = np.array(
-        [[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]],
-    )
-    linear = contrast * (np.linalg.inv(_YIQ) @ turn @ _YIQ @ blend)
-    matrix = np.concatenate([linear, linear @ np.full((3, 1), shift)], axis=1)
-    return None if np.allclose(matrix, np.eye(3, 4)) else matrix
-
-
-def render_view(image, view, side, flip=False, colour_matrix=None):
-    """What the network sees of a PIL image: uint8 (side, side, 3), and where its pixels went.
-
-    The part of the view that the image covers is resized once, into whole pixels of a square of the mean colour.
-    Returns (pixels, (scale_x, scale_y, shift_x, shift_y)): x in the image lies at x * scale_x + shift_x in the square,
-    before the flip. Exact: rounding to whole pixels is part of these numbers, so boxes move with their pixels.
-    """
-    frame = np.array([0.0, 0.0, image.width, image.height])
-    part = np.concatenate([np.maximum(view[:2], frame[:2]), np.minimum(view[2:], frame[2:])])
-    to_square = side / (view[2:] - view[:2])
-    corner = np.rint((part[:2] - view[:2]) * to_square).astype(int).clip(0, side - 1)
-    opposite = np.rint((part[2:] - view[:2]) * to_square).astype(int).clip(corner + 1, side)
-    patch = image.resize(tuple(opposite - corner), Image.Resampling.BILINEAR, box=tuple(part), reducing_gap=2)
-    if colour_matrix is not None:
-        patch = patch.convert("RGB", tuple(colour_matrix.flatten()))
-    square = np.empty((side, side, 3), dtype=np.uint8)
-    square[:] = FILL
-    square[corner[1] : opposite[1], corner[0] : opposite[0]] = patch
-    scale = (opposite - corner) / (part[2:] - part[:2])
-    shift = corner - part[:2] * scale
-    return (np.ascontiguousarray(square[:, ::-1]) if flip else square), (*scale, *shift)
-
-
-def move_boxes(boxes, placement, side, flip=False):
-    """Boxes (n, 4) of the image, in pixels of the square that render_view made, clipped to it."""
-    scale_x, scale_y, shift_x, shift_y = placement
-    moved = boxes * np.array([scale_x, scale_y] * 2) + np.array([shift_x, shift_y] * 2)
-    if flip:
-        moved[:, [0, 2]] = side - moved[:, [2, 0]]
-    return moved.clip(0, side)
+def to_rgb(image):
+    """A PIL image of any kind as 8-bit RGB: 16 bits lose their lower half, what is transparent gets the fill colour."""
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut it off at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        background = Image.new("RGBA", image.size, FILL)
+        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
 
 
 def fit_image(image, side):
     """The whole PIL image squashed to uint8 (3, side, side): what the network sees outside training."""
-    pixels, _ = render_view(image, np.array([0.0, 0.0, image.width, image.height]), side)
+    pixels, _ = render_view(image, np.array([0.0, 0.0, image.width, image.height]), side, side)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -278,45 +308,56 @@ class DetectionDataset(Dataset):
 
     A sample: image uint8 (3, S, S), boxes_unit (n, 4) float32 xyxy in 0..1 of the square, labels, difficult, crowd
     (n,), image_id, size (h, w) of the original. Its randomness comes from the seed and these three numbers alone, so
-    it does not matter which worker makes it, or in which order.
+    it does not matter which worker makes it, or in which order. cache: a PixelCache of the list. num_epochs: of the
+    training, so that mosaic and copy-paste can end augment.close_epochs before it does.
     """
 
-    def __init__(self, data_list, image_size=300, augment=NO_AUGMENTATION, seed=0):
+    def __init__(self, data_list, image_size=300, augment=NO_AUGMENTATION, seed=0, cache=None, num_epochs=None):
         self.data_list = data_list
         self.image_size = image_size
         self.augment = augment
         self.seed = seed
+        self.cache = cache
+        self.num_epochs = num_epochs
 
     def __len__(self):
         return len(self.data_list)
 
+    def photograph(self, index):
+        target = self.data_list.target(index)
+        image = self.cache.read(index) if self.cache else None
+        return Photograph(
+            image=image or self.data_list.read_image(index),
+            boxes=target["boxes"].astype(np.float64),
+            labels=target["labels"],
+            difficult=target["difficult"],
+            crowd=target["crowd"],
+            size=target["size"],
+        )
+
     def __getitem__(self, key):
         epoch, index, occurrence = key if isinstance(key, tuple) else (0, key, 0)
         rng = np.random.default_rng([self.seed, epoch, index, occurrence])
-        target = self.data_list.target(index)
-        path = self.data_list.image_path(index)
-        image = read_image(path)
-        if (image.height, image.width) != target["size"]:
-            raise DataError(
-                f"image {path} is {image.width}x{image.height} pixels, but {self.data_list.path} says "
-                f"{target['size'][1]}x{target['size'][0]}: list the data anew"
-            )
-        boxes = target["boxes"].astype(np.float64)
-        view = sample_view(rng, target["size"], boxes[~target["crowd"]], self.augment)
-        flip = bool(rng.random() < self.augment.flip)
-        colour_matrix = sample_colour_matrix(rng, self.augment)
-        pixels, placement = render_view(image, view, self.image_size, flip, colour_matrix)
-        moved = move_boxes(boxes, placement, self.image_size, flip)
-        # What is left under a pixel wide or high is nothing to learn from; any part of a crowd is still a crowd.
-        kept = (centre_inside(boxes, view) | target["crowd"]) & (moved[:, 2:] - moved[:, :2] >= 1).all(axis=1)
+        config, side = self.augment, self.image_size
+        if self.num_epochs is not None and epoch >= self.num_epochs - config.close_epochs:
+            config = config.closed()
+        photograph = self.photograph(index)
+        if rng.random() < config.mosaic:
+            others = rng.integers(len(self), size=3).tolist()
+            pixels, objects = mosaic(rng, [photograph, *map(self.photograph, others)], side, config)
+        else:
+            pixels, objects = augment(rng, photograph, side, side, config)
+        if rng.random() < config.copy_paste:
+            donor = self.photograph(int(rng.integers(len(self))))
+            pixels, objects = copy_paste(rng, pixels, objects, donor, config)
         return {
             "image": torch.from_numpy(pixels).permute(2, 0, 1),  # uint8 (3, S, S)
-            "boxes_unit": torch.from_numpy((moved[kept] / self.image_size).astype(np.float32)),  # (n, 4)
-            "labels": torch.from_numpy(target["labels"][kept]),
-            "difficult": torch.from_numpy(target["difficult"][kept]),
-            "crowd": torch.from_numpy(target["crowd"][kept]),
-            "image_id": target["image_id"],
-            "size": target["size"],
+            "boxes_unit": torch.from_numpy((objects["boxes"] / side).astype(np.float32)),  # (n, 4)
+            "labels": torch.from_numpy(objects["labels"]),
+            "difficult": torch.from_numpy(objects["difficult"]),
+            "crowd": torch.from_numpy(objects["crowd"]),
+            "image_id": self.data_list.target(index)["image_id"],
+            "size": photograph.size,
         }
 
 
@@ -327,7 +368,8 @@ def collate(samples):
         return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
 
     return {
-        "image": torch.stack([sample["image"] for sample in samples]),  # uint8 (B, 3, S, S)
+        # Pixels lie as PIL left them, channels last, which is what the network wants: (B, S, S, 3), then turned.
+        "image": torch.stack([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
         "boxes_unit": padded("boxes_unit"),  # (B, N, 4)
         "labels": padded("labels"),  # (B, N)
         "difficult": padded("difficult"),
@@ -337,21 +379,52 @@ def collate(samples):
     }
 
 
-class EpochSampler(Sampler):
-    """Yields (epoch, index, occurrence) in an order drawn from the seed and the epoch, `start` samples in."""
+def balanced_weights(data_list, power):
+    """How often to draw each image, (images,): (images / images with its rarest class) ** power.
 
-    def __init__(self, length, seed=0):
+    0 is all alike, 0.5 the square root of LVIS (arXiv:1908.03195), 1 full balance. Images without objects count as the
+    commonest class.
+    """
+    rows = np.repeat(np.arange(len(data_list)), np.diff(data_list.first))[~data_list.crowd]
+    labels = data_list.labels[~data_list.crowd]
+    with_class = np.bincount(np.unique(np.stack([rows, labels]), axis=1)[1], minlength=len(data_list.classes) + 1)
+    weight_of = (len(data_list) / with_class.clip(min=1)) ** power
+    weights = np.full(len(data_list), weight_of[1:][with_class[1:] > 0].min(initial=weight_of.max()))
+    np.maximum.at(weights, rows, weight_of[labels])
+    return weights
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index, occurrence) in an order drawn from the seed and the epoch, `start` samples in.
+
+    Without weights each index comes once; with weights (n,) it comes n * its share of them times, rounded up or down at
+    random, the occurrence counting them. Of several processes each takes every num_processes-th sample from its rank
+    on, so that together their batches are those of one process with a batch as large as theirs together.
+    """
+
+    def __init__(self, length, seed=0, weights=None, rank=0, num_processes=1):
         self.length = length
         self.seed = seed
+        self.cumulative = None if weights is None else np.cumsum(weights / np.sum(weights))
+        self.rank, self.num_processes = rank, num_processes
         self.epoch = 0
         self.start = 0
 
     def __len__(self):
-        return self.length - self.start
+        return len(range(self.start + self.rank, self.length, self.num_processes))
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        return ((self.epoch, int(index), 0) for index in order[self.start :])
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.cumulative is None:
+            order, occurrences = rng.permutation(self.length), np.zeros(self.length, dtype=int)
+        else:
+            # Systematic sampling: evenly spaced points on the weights laid end to end.
+            points = (rng.random() + np.arange(self.length)) / self.length
+            drawn = np.searchsorted(self.cumulative, points, side="right").clip(max=self.length - 1)
+            shuffled = rng.permutation(self.length)
+            order, occurrences = drawn[shuffled], (np.arange(self.length) - np.searchsorted(drawn, drawn))[shuffled]
+        for position in range(self.start + self.rank, self.length, self.num_processes):
+            yield self.epoch, int(order[position]), int(occurrences[position])
 
 
 def _start_worker(_):
@@ -359,8 +432,11 @@ def _start_worker(_):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=False):
-    """Batches in the sampler's order, the last one short left out; without a sampler every image once, in order."""
+def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=False, start_method=None):
+    """Batches in the sampler's order, the last one short left out; without a sampler every image once, in order.
+
+    start_method: fork, spawn or forkserver for the worker processes; None is the system's.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -368,7 +444,60 @@ def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=F
         drop_last=epoch_sampler is not None,
         num_workers=workers,
         persistent_workers=workers > 0 and epoch_sampler is not None,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context=start_method if workers else None,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         collate_fn=collate,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at it
+
+
+def draw_batch(batch, classes, columns=4):
+    """A batch as one PIL image, a grid of its samples with their boxes and class names."""
+    pictures = []
+    for image, boxes, labels, difficult, crowd in zip(
+        *(batch[name] for name in ("image", "boxes_unit", "labels", "difficult", "crowd")), strict=True
+    ):
+        real = labels > 0
+        if real.any():
+            marks = [" (difficult)" * d + " (crowd)" * c for d, c in zip(difficult[real], crowd[real], strict=True)]
+            names = [classes[label - 1] + mark for label, mark in zip(labels[real].tolist(), marks, strict=True)]
+            image = draw_bounding_boxes(image, boxes[real] * image.shape[-1], names, width=2)
+        pictures.append(image)
+    return to_pil_image(make_grid(pictures, nrow=columns, padding=4, pad_value=255))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draws augmented samples of a data list, as training will see them.")
+    parser.add_argument("list", help="a data list, such as data/voc2012/train.json")
+    parser.add_argument("--preview", default="preview.png", metavar="PICTURE", help="file to write (preview.png)")
+    parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
+    parser.add_argument("--count", type=whole_number(1), default=16, help="samples (16)")
+    parser.add_argument("--image-size", type=whole_number(1), default=300, help="side of a sample (300)")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--plain", action="store_true", help="without augmentation")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="of AugmentConfig, as mosaic=0.5"
+    )
+    args = parser.parse_args(argv)
+    try:
+        data_list = DataList.load(args.list, args.images)
+        if len(data_list) == 0:
+            raise DataError(f"{args.list} lists no images")
+        config = set_fields(NO_AUGMENTATION if args.plain else AugmentConfig(), args.set)
+        dataset = DetectionDataset(data_list, args.image_size, config, args.seed)
+        keys = list(EpochSampler(len(dataset), args.seed))[: args.count]
+        picture = draw_batch(collate([dataset[key] for key in keys]), data_list.classes)
+        with written_whole(args.preview) as temporary:
+            picture.save(temporary, Path(args.preview).suffix.lstrip(".") or "png")
+    except (InputError, OSError, KeyError) as error:
+        sys.exit(f"datasets: {explain(error)}")
+    print(f"{args.preview}: {len(keys)} of {len(data_list)} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from datasets import DataError, fit_image
+from datasets import DataError, fit_image, read_image, to_rgb
 from model import DEFAULT_CHECKPOINT, FPNSSD, last_loaded_model, load_checkpoint, postprocess
 from utils import InputError, autocast, pick_device, pick_precision, whole_number, written_whole
 
@@ -35,7 +35,7 @@ def main(argv=None):
     photographs = {Path(name).resolve() for name in args.images}
     for name in args.images:
         try:
-            image = open_photograph(name)
+            image = read_image(name, apply_exif=True)
             detections = find_objects(image, model, args.min_score, args.max_overlap, args.top_k)
             written = Path(args.out) / free_name(Path(name).name, taken)
             if written.resolve() in photographs:
@@ -44,7 +44,7 @@ def main(argv=None):
                 annotate(image, detections, model.config.classes).save(temporary, picture_format(written), quality=92)
         except (InputError, OSError) as error:
             failures += 1
-            print(f"detect: {name}: {error}", file=sys.stderr)
+            print(f"detect: {error}", file=sys.stderr)
             continue
         print(f"{name} -> {written}: {len(detections['scores'])} objects")
         for line in describe(detections, model.config.classes):
@@ -64,17 +64,6 @@ def parse_args(argv):
     parser.add_argument("--top-k", type=whole_number(1), default=200)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
-
-
-def open_photograph(path):
-    """An RGB PIL image, turned as its EXIF orientation says."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise DataError("no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot be read as an image: {error}") from error
 
 
 def free_name(file_name, taken):
@@ -108,7 +97,7 @@ def detect(image, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, mod
     unknown = sorted(set(suppress or ()) - set(model.config.classes))
     if unknown:
         raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(model.config.classes)}")
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = to_rgb(ImageOps.exif_transpose(image))
     detections = find_objects(image, model, min_score, max_overlap, top_k, suppress)
     return annotate(image, detections, model.config.classes)
 

@@ -9,7 +9,6 @@ Ctrl-C saves last.pth.tar after the running step and ends; a second one ends at 
 """
 
 import argparse
-import ast
 import csv
 import json
 import math
@@ -26,19 +25,21 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from augment import NO_AUGMENTATION, AugmentConfig
 from datasets import (
-    NO_AUGMENTATION,
-    AugmentConfig,
     DataError,
     DataList,
     DetectionDataset,
     EpochSampler,
+    balanced_weights,
+    draw_batch,
     make_loader,
 )
 from eval import check_same_classes, evaluate, format_table, make_predict_fn
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
-from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
+from pixel_cache import PixelCache
+from utils import InputError, autocast, explain, pick_device, pick_precision, set_fields, written_whole
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class TrainConfig:
     min_negatives: int = 8
     difficult_positive: bool = True  # whether difficult objects are learnt
 
-    augment: bool = True
+    augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 (frozen); its fields as --set augment.mosaic=0.5
+    class_balance: float = 0.0  # 0 draws images alike, 1 classes; 0.5 lies between (datasets.balanced_weights)
+    cache: str = "off"  # or disk: decoded images of the training list in one file beside it
+    cache_side: int = 0  # shorter side of images in the cache; 0 keeps them whole
     eval_every: int = 4  # epochs; the last one is always evaluated
     workers: int = 2
     seed: int = 0
@@ -97,12 +101,12 @@ PRESETS = {
     # make demo: shapes that synthetic.py draws, learnt in minutes on two cores.
     "demo": TrainConfig(
         name="demo", data="data/synthetic", trunk="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3,
-        trunk_lr_scale=1.0, epochs=8, batch_size=8, augment=False, warmup_steps=30, ema_decay=0.98, workers=1,
+        trunk_lr_scale=1.0, epochs=8, batch_size=8, augment=NO_AUGMENTATION, warmup_steps=30, ema_decay=0.98, workers=1,
     ),
 }  # fmt: skip
 FLAGS = (
-    "name", "data", "images", "trunk", "trunk_weights", "epochs", "batch_size", "lr", "workers", "seed", "device",
-    "precision",
+    "name", "data", "images", "cache", "trunk", "trunk_weights", "epochs", "batch_size", "lr", "workers", "seed",
+    "device", "precision",
 )  # fmt: skip
 
 
@@ -136,24 +140,10 @@ def parse_args(argv):
 def make_config(args):
     """The preset (to resume, the run's own config), with what the command line says instead."""
     changes = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    types = {f.name: f.type for f in fields(TrainConfig)}
-    for assignment in args.set:
-        name, _, text = assignment.partition("=")
-        if name not in types:
-            raise InputError(f"--set {assignment}: TrainConfig has no field {name!r}; it has {', '.join(types)}")
-        try:
-            value = text if types[name] is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = None
-        if types[name] is float and type(value) is int:
-            value = float(value)
-        if type(value) is not types[name]:
-            raise InputError(f"--set {assignment}: {text!r} is no {types[name].__name__}")
-        changes[name] = value
     config = PRESETS[args.preset]
     if args.resume:
         config = saved_config(changes.get("name", config.name)) or config
-    config = replace(config, **changes)
+    config = set_fields(replace(config, **changes), args.set)
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
         raise InputError(f"run name {config.name!r} has to be a plain folder name")
     for name, least in (("epochs", 1), ("batch_size", 1), ("eval_every", 1), ("workers", 0), ("seed", 0)):
@@ -161,6 +151,8 @@ def make_config(args):
             raise InputError(f"{name} is {getattr(config, name)}; it must be at least {least}")
     if config.optimizer not in ("adamw", "sgd"):
         raise InputError(f"optimizer {config.optimizer!r} is neither adamw nor sgd")
+    if config.cache not in ("off", "disk"):
+        raise InputError(f"cache {config.cache!r} is neither off nor disk")
     return config
 
 
@@ -170,8 +162,10 @@ def saved_config(name):
     if not path.is_file():
         return None
     try:
-        return TrainConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        ranges = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.pop("augment").items()}
+        return TrainConfig(**saved, augment=AugmentConfig(**ranges))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is no configuration of this version's: {error}") from error
 
 
@@ -346,7 +340,7 @@ class Run:
 
 def check_same_run(config, saved, path):
     """Refuses to resume with another recipe; where it runs may change."""
-    free = {"device", "workers", "images", "precision", "eval_every"}
+    free = {"device", "workers", "images", "precision", "eval_every", "cache"}
     changed = [
         f"{name} {saved.get(name)!r} -> {value!r}"
         for name, value in asdict(config).items()
@@ -370,10 +364,11 @@ def train(config, resume=False):
     if len(train_list) == 0:
         raise DataError(f"{train_list.path} has no images to train on")
 
-    augment = AugmentConfig() if config.augment else NO_AUGMENTATION
-    dataset = DetectionDataset(train_list, config.image_size, augment, config.seed)
+    cache = PixelCache.build(train_list, config.cache_side) if config.cache == "disk" else None
+    dataset = DetectionDataset(train_list, config.image_size, config.augment, config.seed, cache, config.epochs)
     batch_size = min(config.batch_size, len(dataset))
-    sampler = EpochSampler(len(dataset), config.seed)
+    weights = balanced_weights(train_list, config.class_balance) if config.class_balance else None
+    sampler = EpochSampler(len(dataset), config.seed, weights)
     loader = make_loader(dataset, batch_size, sampler, config.workers, pin_memory=device.type == "cuda")
     steps_per_epoch = len(dataset) // batch_size
 
@@ -439,6 +434,8 @@ def train_epoch(run, loader, multibox_loss, precision, epoch, steps_per_epoch, s
     first = run.step % steps_per_epoch
     with tqdm(total=steps_per_epoch, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=None) as progress:
         for done, batch in enumerate(loader, start=1):
+            if run.step < 3:
+                draw_batch(batch, run.model.config.classes).save(run.folder / f"batch_{run.step}.jpg")
             factor = lr_factor(run.step, config.warmup_steps, num_steps)
             terms = train_step(run, batch, multibox_loss, device, precision, factor)
             run.step += 1

@@ -1,9 +1,13 @@
 """What several scripts need: an error to show, where to compute and how precisely, a file whole or not at all."""
 
 import argparse
+import ast
 import contextlib
 import os
 import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +33,53 @@ def whole_number(least):
 
     parse.__name__ = "whole number"  # argparse names it when int() fails
     return parse
+
+
+def set_fields(config, assignments):
+    """A copy of a dataclass with fields set from "field=value" texts; "part.field=value" reaches a dataclass inside.
+
+    InputError for a field it has not, or a value that is not of the field's type.
+    """
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        config = _set_field(config, name.split("."), text, assignment)
+    return config
+
+
+def _set_field(config, names, text, assignment):
+    types = {field.name: field.type for field in fields(config)}
+    if names[0] not in types:
+        kind = type(config).__name__
+        raise InputError(f"--set {assignment}: {kind} has no field {names[0]!r}; it has {', '.join(types)}")
+    expected, old = types[names[0]], getattr(config, names[0])
+    if is_dataclass(old) and len(names) > 1:
+        return replace(config, **{names[0]: _set_field(old, names[1:], text, assignment)})
+    try:
+        value = text if expected is str else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected or len(names) > 1:
+        hint = f"; it has fields of its own, as {names[0]}.{fields(old)[0].name}" if is_dataclass(old) else ""
+        raise InputError(f"--set {assignment}: {text!r} is no {expected.__name__}{hint}")
+    return replace(config, **{names[0]: value})
+
+
+def in_threads(function, items, ahead=64):
+    """function(item) for each item, in order, computed by one thread a core, at most `ahead` items ahead."""
+    items, running = iter(items), deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def pick_device(name="auto"):

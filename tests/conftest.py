@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from create_data_lists import create_data_lists
+from create_data_lists import create_data_lists, read_voc
 from synthetic import draw_dataset
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -24,5 +24,5 @@ def drawn(tmp_path_factory):
     """A folder with a drawn VOC folder (voc) of 12 and 6 images, and its data lists (train.json, val.json)."""
     folder = tmp_path_factory.mktemp("drawn")
     draw_dataset(folder / "voc", {"train": 12, "val": 6}, seed=3)
-    create_data_lists(folder / "voc", ["train", "val"], folder)
+    create_data_lists([read_voc([folder / "voc"], split) for split in ("train", "val")], folder)
     return folder

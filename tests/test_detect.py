@@ -78,8 +78,8 @@ def test_command_line(folder, tmp_path, capsys):
              + ["--checkpoint", str(folder / "small.pth.tar"), "--out", str(out)])  # fmt: skip
     assert stop.value.code == 1
     printed = capsys.readouterr()
-    assert "text.jpg: cannot be read as an image" in printed.err
-    assert "none.jpg: no such file" in printed.err
+    assert "text.jpg is no image" in printed.err
+    assert "none.jpg is missing" in printed.err
     assert sorted(path.name for path in out.iterdir()) == ["photo.jpg", "photo_2.jpg"]
     lines = [line for line in printed.out.splitlines() if line.startswith("  ")]
     assert lines

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import train as train_module
-from create_data_lists import create_data_lists
+from augment import NO_AUGMENTATION, AugmentConfig
+from create_data_lists import create_data_lists, read_voc
 from datasets import DataList
 from eval import evaluate, make_predict_fn
 from loss import MultiBoxLoss
@@ -58,8 +59,8 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def test_command_line_over_preset():
-    config = make_config(parse_args(["--preset", "lite", "--epochs", "3", "--set", "lr=1", "--set", "augment=False"]))
-    assert config == replace(PRESETS["lite"], epochs=3, lr=1.0, augment=False)
+    config = make_config(parse_args(["--preset", "lite", "--epochs", "3", "--set", "lr=1", "--set", "augment.flip=0"]))
+    assert config == replace(PRESETS["lite"], epochs=3, lr=1.0, augment=AugmentConfig(flip=0.0))
     assert make_config(parse_args([])) == TrainConfig()
 
 
@@ -254,7 +255,7 @@ def test_train_and_val_of_other_classes(drawn, in_tmp):
 
 @pytest.mark.long
 def test_it_learns_32_photographs_by_heart(voc_real, in_tmp):
-    create_data_lists(voc_real, ["train"], in_tmp)
+    create_data_lists([read_voc([voc_real], "train")], in_tmp)
     content = json.loads(Path("train.json").read_text())
     content["images"] = content["images"][:32]
     chosen = {image["id"] for image in content["images"]}
@@ -262,7 +263,7 @@ def test_it_learns_32_photographs_by_heart(voc_real, in_tmp):
     for split in ("train", "val"):
         Path(f"{split}.json").write_text(json.dumps(content))
     config = replace(
-        PRESETS["lite"], data=".", augment=False, epochs=60, eval_every=60, warmup_steps=10, ema_decay=0.95
+        PRESETS["lite"], data=".", augment=NO_AUGMENTATION, epochs=60, eval_every=60, warmup_steps=10, ema_decay=0.95
     )
     train(config)
     model = load_checkpoint("runs/lite/last.pth.tar")["model"]
