@@ -3,15 +3,17 @@
 A *view* is the rectangle of the original image that fills the network's square: SSD's zoom-out, IoU crop and flip in
 one, larger than the image when SSD zooms out. A *colour matrix* (3x4) holds brightness, contrast, saturation and hue.
 
-    photograph = Photograph(image, boxes, labels, difficult, crowd, size)
+    photograph = Photograph(pixels, boxes, labels, difficult, crowd, size)
     pixels, objects = augment(np.random.default_rng(0), photograph, 300, 300, AugmentConfig())
 """
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
-from PIL import Image
+import torch
+from torch.nn.functional import conv2d, interpolate
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: what lies outside the image
 
@@ -55,7 +57,7 @@ NO_AUGMENTATION = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), flip=0, co
 class Photograph:
     """A decoded image and its objects. The image may be stored smaller than `size`, in which the boxes are measured."""
 
-    image: Image.Image
+    pixels: torch.Tensor  # uint8 (3, H, W); fastest if it lies channels last, as decoders give it
     boxes: np.ndarray  # (n, 4) float64 xyxy in pixels of `size`
     labels: np.ndarray  # (n,)
     difficult: np.ndarray  # (n,) bool
@@ -86,8 +88,9 @@ def sample_view(rng, size, boxes, config):
         if min_overlap >= 1:
             return view
         crops = _sample_crops(rng, view, config)  # all trials at once: (trials, 4)
-        good = _overlaps(crops, boxes).max(axis=1) >= min_overlap
-        good &= _centres_inside(crops, boxes).any(axis=1)
+        good = (centres_inside(crops, boxes) & (_overlaps(crops, boxes).max(axis=1) >= min_overlap)[:, None]).any(
+            axis=1
+        )
         if good.any():
             return crops[good.argmax()]
     return view
@@ -104,48 +107,81 @@ def _sample_crops(rng, canvas, config):
     return np.concatenate([corners, corners + sides], axis=1)[allowed]
 
 
-def _overlaps(crops, boxes):
+def _columns(boxes):
+    """x0, y0, x1, y1 of boxes (n, 4). On arrays as small as these, few operations matter more than short ones."""
+    return boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]
+
+
+def _shared_areas(rectangles, boxes):
+    """(m, n): the area that each of rectangles (m, 4) shares with each of boxes (n, 4)."""
+    x0, y0, x1, y1 = _columns(boxes)
+    left, top, right, bottom = _columns(rectangles[:, :, None])
+    width = np.minimum(right, x1) - np.maximum(left, x0)
+    height = np.minimum(bottom, y1) - np.maximum(top, y0)
+    return np.maximum(width, 0) * np.maximum(height, 0)
+
+
+def _areas(boxes):
+    x0, y0, x1, y1 = _columns(boxes)
+    return (x1 - x0) * (y1 - y0)
+
+
+def _overlaps(rectangles, boxes):
     """IoU of rectangles (m, 4) with boxes (n, 4): (m, n)."""
-    sides = np.minimum(crops[:, None, 2:], boxes[:, 2:]) - np.maximum(crops[:, None, :2], boxes[:, :2])
-    intersections = sides.clip(min=0).prod(axis=2)
-    crop_areas, areas = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (crops, boxes))
-    return intersections / (crop_areas[:, None] + areas - intersections)
+    shared = _shared_areas(rectangles, boxes)
+    return shared / (_areas(rectangles)[:, None] + _areas(boxes) - shared)
 
 
-def _centres_inside(views, boxes):
+def centres_inside(views, boxes):
     """(m, n): whether the centre of each of boxes (n, 4) lies in each of views (m, 4)."""
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((centres >= views[:, None, :2]) & (centres < views[:, None, 2:])).all(axis=2)
+    x0, y0, x1, y1 = _columns(boxes)
+    left, top, right, bottom = _columns(views[:, :, None])
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return (x >= left) & (x < right) & (y >= top) & (y < bottom)
 
 
-def render_view(image, view, width, height, flip=False, colour_matrix=None, size=None):
-    """What the view (4,) of a PIL image shows: uint8 (height, width, 3), and where its pixels went.
+def render_view(pixels, view, width, height, flip=False, colour_matrix=None, size=None):
+    """What the view (4,) of an image, uint8 (3, H, W), shows: uint8 (3, height, width), and where its pixels went.
 
-    The part of the view that the image covers is resized once, into whole pixels of a rectangle of the mean colour.
-    size: (height, width) of the image in whose pixels the view is measured, where the image is stored smaller.
+    The part of the view that the image covers, in whole pixels, is resized once, into whole pixels of a rectangle of
+    the mean colour. size: (height, width) in whose pixels the view is measured, where the image is stored smaller.
     Returns (pixels, (scale_x, scale_y, shift_x, shift_y)): x of `size` lies at x * scale_x + shift_x in the rectangle,
     before the flip. Exact: rounding to whole pixels is part of these numbers, so boxes move with their pixels.
     """
-    frame = np.array([image.width, image.height], dtype=float)
+    frame, target = np.array([pixels.shape[2], pixels.shape[1]]), np.array([width, height])
     stored = 1.0 if size is None else frame / (size[1], size[0])
     near, far = view[:2] * stored, view[2:] * stored
-    part_near, part_far = np.maximum(near, 0), np.minimum(far, frame)
-    target = np.array([width, height])
+    first = np.rint(near).clip(0, frame - 1)
+    last = np.rint(far).clip(first + 1, frame)
+    # Edges of the view inside the image move to whole pixels with it.
+    near, far = np.where(near < 0, near, first), np.where(far > frame, far, last)
     to_target = target / (far - near)
-    corner = np.rint((part_near - near) * to_target).astype(int).clip(0, target - 1)
-    opposite = np.rint((part_far - near) * to_target).astype(int).clip(corner + 1, target)
-    part = (*part_near.tolist(), *part_far.tolist())
-    patch = image.resize(tuple((opposite - corner).tolist()), Image.Resampling.BILINEAR, box=part, reducing_gap=2)
+    corner = np.rint((first - near) * to_target).clip(0, target - 1)
+    opposite = np.rint((last - near) * to_target).clip(corner + 1, target)
+    scale = (opposite - corner) / (last - first)
+    shift = corner - first * scale
+
+    (x0, y0), (x1, y1) = first.astype(int).tolist(), last.astype(int).tolist()
+    (left, top), (right, bottom) = corner.astype(int).tolist(), opposite.astype(int).tolist()
+    patch = resize(pixels[:, y0:y1, x0:x1], right - left, bottom - top)
     if colour_matrix is not None:
-        patch = patch.convert("RGB", colour_matrix.ravel().tolist())
-    pixels = np.empty((height, width, 3), dtype=np.uint8)
-    pixels[:] = FILL
-    pixels[corner[1] : opposite[1], corner[0] : opposite[0]] = patch
-    if flip:
-        pixels = np.ascontiguousarray(pixels[:, ::-1])
-    scale = (opposite - corner) / (part_far - part_near)
-    shift = corner - part_near * scale
-    return pixels, (*(scale * stored), *shift)
+        patch = change_colour(patch, colour_matrix)
+    if patch.shape[1:] != (height, width):
+        rectangle = _filled(width, height).clone()
+        rectangle[:, top:bottom, left:right] = patch
+        patch = rectangle
+    return (patch.flip(2) if flip else patch), (*(scale * stored), *shift)
+
+
+def resize(pixels, width, height):
+    """uint8 (3, H, W) -> uint8 (3, height, width), bilinear, each pixel an average of all that fall on it."""
+    return interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+@lru_cache(maxsize=4)
+def _filled(width, height):
+    """uint8 (3, height, width) of the fill colour, lying channels last."""
+    return torch.tensor(FILL, dtype=torch.uint8).expand(height, width, 3).contiguous().permute(2, 0, 1)
 
 
 def move_boxes(boxes, placement, width, height, flip=False):
@@ -186,12 +222,19 @@ def sample_colour_matrix(rng, config):
     return np.concatenate([linear, shift * linear.sum(axis=1, keepdims=True)], axis=1)
 
 
+def change_colour(pixels, matrix):
+    """A 3x4 matrix applied to uint8 (3, H, W), rounded and clipped once."""
+    matrix = torch.from_numpy(matrix).float()
+    changed = conv2d(pixels[None].float(), matrix[:, :3, None, None], matrix[:, 3])
+    return changed.round_().clamp_(0, 255).to(torch.uint8)[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
 
 
 def augment(rng, photograph, width, height, config):
-    """One photograph, seen through a sampled view: pixels uint8 (height, width, 3), and the objects left in it.
+    """One photograph, seen through a sampled view: pixels uint8 (3, height, width), and the objects left in it.
 
     The objects are a dict of boxes (n, 4) in those pixels, labels, difficult, crowd (n,). SSD's rule for what is left:
     the object's centre lies in the view (a crowd needs none), and config.min_side pixels of it, both ways.
@@ -200,9 +243,9 @@ def augment(rng, photograph, width, height, config):
     view = sample_view(rng, photograph.size, boxes[~crowd], config)
     flip = bool(rng.random() < config.flip)
     colour_matrix = sample_colour_matrix(rng, config)
-    pixels, placement = render_view(photograph.image, view, width, height, flip, colour_matrix, photograph.size)
+    pixels, placement = render_view(photograph.pixels, view, width, height, flip, colour_matrix, photograph.size)
     moved = move_boxes(boxes, placement, width, height, flip)
-    kept = _centres_inside(view[None], boxes)[0] | crowd
+    kept = centres_inside(view[None], boxes)[0] | crowd
     kept &= (moved[:, 2:] - moved[:, :2] >= config.min_side).all(axis=1)
     objects = {
         "boxes": moved[kept],
@@ -217,12 +260,12 @@ def mosaic(rng, photographs, side, config):
     """Four photographs around a point of the square (YOLOv4, arXiv:2004.10934), each augmented on its own."""
     low, high = config.mosaic_margin * side, (1 - config.mosaic_margin) * side
     x, y = (round(rng.uniform(low, high)) for _ in range(2))
-    square = np.empty((side, side, 3), dtype=np.uint8)
+    square = _filled(side, side).clone()
     parts = [(0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)]
     gathered = []
     for number, photograph in zip(rng.permutation(4), photographs, strict=True):
         x0, y0, x1, y1 = parts[number]
-        square[y0:y1, x0:x1], objects = augment(rng, photograph, x1 - x0, y1 - y0, config)
+        square[:, y0:y1, x0:x1], objects = augment(rng, photograph, x1 - x0, y1 - y0, config)
         objects["boxes"] = objects["boxes"] + (x0, y0, x0, y0)
         gathered.append(objects)
     return square, _joined(gathered)
@@ -233,10 +276,10 @@ def copy_paste(rng, pixels, objects, donor, config):
 
     The idea is Dwibedi et al.'s (arXiv:1708.01642), with boxes for want of masks.
     """
-    height, width = pixels.shape[:2]
+    height, width = pixels.shape[1:]
     usable = np.flatnonzero(~donor.crowd)
     count = min(len(usable), int(rng.integers(1, config.copy_paste_most + 1)))
-    pixels = pixels.copy()
+    pixels = pixels.clone()
     to_square = np.array([width, height]) / (donor.size[1], donor.size[0])
     for row in rng.choice(usable, count, replace=False):
         box = donor.boxes[row]
@@ -247,9 +290,9 @@ def copy_paste(rng, pixels, objects, donor, config):
         if place is None:
             continue
         flip, colour_matrix = bool(rng.random() < config.flip), sample_colour_matrix(rng, config)
-        patch, _ = render_view(donor.image, box, *sides.tolist(), flip, colour_matrix, donor.size)
+        patch, _ = render_view(donor.pixels, box, *sides.tolist(), flip, colour_matrix, donor.size)
         x0, y0, x1, y1 = place.tolist()
-        pixels[y0:y1, x0:x1] = patch
+        pixels[:, y0:y1, x0:x1] = patch
         pasted = {name: getattr(donor, name)[row : row + 1] for name in ("labels", "difficult", "crowd")}
         objects = _joined([objects, {"boxes": place[None].astype(float), **pasted}])
     return pixels, objects
@@ -259,8 +302,7 @@ def _free_place(rng, sides, square, boxes, max_cover):
     """A rectangle of these sides that covers at most max_cover of each of boxes (n, 4); None after ten trials."""
     corners = rng.integers(0, np.array(square) - sides + 1, size=(10, 2))
     places = np.concatenate([corners, corners + sides], axis=1)
-    shared = np.minimum(places[:, None, 2:], boxes[:, 2:]) - np.maximum(places[:, None, :2], boxes[:, :2])
-    covered = shared.clip(min=0).prod(axis=2) / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    covered = _shared_areas(places, boxes) / _areas(boxes)
     free = (covered <= max_cover).all(axis=1)
     return places[free.argmax()] if free.any() else None
 

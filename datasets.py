@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from augment import FILL, NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic, render_view
+from augment import FILL, NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic, resize
 from utils import InputError, explain, set_fields, whole_number, written_whole
 
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
@@ -293,10 +293,14 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def to_pixels(image):
+    """An RGB PIL image as uint8 (3, H, W), lying channels last."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def fit_image(image, side):
-    """The whole PIL image squashed to uint8 (3, side, side): what the network sees outside training."""
-    pixels, _ = render_view(image, np.array([0.0, 0.0, image.width, image.height]), side, side)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """The whole RGB PIL image squashed to uint8 (3, side, side): what the network sees outside training."""
+    return resize(to_pixels(image), side, side)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,9 +329,9 @@ class DetectionDataset(Dataset):
 
     def photograph(self, index):
         target = self.data_list.target(index)
-        image = self.cache.read(index) if self.cache else None
+        pixels = self.cache.read(index) if self.cache else None
         return Photograph(
-            image=image or self.data_list.read_image(index),
+            pixels=to_pixels(self.data_list.read_image(index)) if pixels is None else pixels,
             boxes=target["boxes"].astype(np.float64),
             labels=target["labels"],
             difficult=target["difficult"],
@@ -351,7 +355,7 @@ class DetectionDataset(Dataset):
             donor = self.photograph(int(rng.integers(len(self))))
             pixels, objects = copy_paste(rng, pixels, objects, donor, config)
         return {
-            "image": torch.from_numpy(pixels).permute(2, 0, 1),  # uint8 (3, S, S)
+            "image": pixels,  # uint8 (3, S, S)
             "boxes_unit": torch.from_numpy((objects["boxes"] / side).astype(np.float32)),  # (n, 4)
             "labels": torch.from_numpy(objects["labels"]),
             "difficult": torch.from_numpy(objects["difficult"]),

@@ -1,7 +1,7 @@
 """Decoded images of a data list in one file, which all worker processes read: training decodes each JPEG only once.
 
     cache = PixelCache.build(data_list)         # made where there is none that fits; seconds to minutes
-    image = cache.read(0)                       # PIL, RGB; None if these pixels are damaged
+    pixels = cache.read(0)                      # uint8 (3, H, W); None if they are damaged
 
 The file lies beside the data list: an identity of what went in, a table of offsets, then the pixels, 3 bytes each. It
 is read with plain reads, not mapped: the system's page cache holds it once for all processes either way, but a mapped
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -75,7 +76,7 @@ class PixelCache:
         return len(self.table)
 
     def read(self, index):
-        """The image as PIL's, RGB; None, and a warning, if its bytes are not those that were written.
+        """The image as uint8 (3, H, W), channels last; None, and a warning, if its bytes are not those once written.
 
         A process checks each image when it first reads it. A damaged file is deleted, for the next run to make anew.
         """
@@ -87,7 +88,7 @@ class PixelCache:
                 self.path.unlink(missing_ok=True)
                 return None
             self._checked[index] = True
-        return Image.frombytes("RGB", (width, height), data)
+        return torch.from_numpy(data).view(height, width, 3).permute(2, 0, 1)
 
     def _header(self):
         with open(self.path, "rb") as file:
@@ -96,8 +97,11 @@ class PixelCache:
     def _read_at(self, offset, length):
         if self._process != os.getpid():  # a forked worker must not share the position in the file
             self._file, self._process = open(self.path, "rb", buffering=0), os.getpid()  # noqa: SIM115
+        data = np.empty(length, np.uint8)
         self._file.seek(offset)
-        return self._file.read(length)
+        read = self._file.readinto(data)
+        data[read:] = 0  # a file cut short is found out by its checksum
+        return data
 
 
 def cache_path(data_list, side):

@@ -4,17 +4,25 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 
 from augment import (
     FILL,
     NO_AUGMENTATION,
     AugmentConfig,
+    Photograph,
+    augment,
+    change_colour,
+    copy_paste,
+    mosaic,
     move_boxes,
     render_view,
     sample_colour_matrix,
     sample_view,
 )
+from datasets import to_pixels
 
 
 def noise_image(width, height, seed=0):
@@ -41,7 +49,8 @@ def test_view_is_zoom_out_crop_and_flip_one_after_another(flip):
         expected_boxes = np.stack([150 - expected_boxes[:, 2], expected_boxes[:, 1],
                                    150 - expected_boxes[:, 0], expected_boxes[:, 3]], axis=1)  # fmt: skip
     view = np.array([100 - 150, 60 - 90, 400 - 150, 360 - 90], dtype=float)
-    pixels, placement = render_view(image, view, 150, 150, flip)
+    pixels, placement = render_view(to_pixels(image), view, 150, 150, flip)
+    pixels = pixels.permute(1, 2, 0).numpy()
     np.testing.assert_allclose(move_boxes(boxes, placement, 150, 150, flip), expected_boxes)
     difference = np.abs(pixels.astype(int) - np.asarray(step_by_step).astype(int))
     # At the image's edge the step-by-step way blends photograph and fill: one pixel on either side.
@@ -67,7 +76,8 @@ def test_boxes_move_with_their_pixels():
         left, top, right, bottom = box[0].astype(int)
         pixels[top:bottom, left:right] = (0, 255, 0)
         view, flip = sample_view(rng, (height, width), box, config), bool(case % 2)
-        square, placement = render_view(Image.fromarray(pixels), view, 300, 300, flip)
+        square, placement = render_view(to_pixels(Image.fromarray(pixels)), view, 300, 300, flip)
+        square = square.permute(1, 2, 0).numpy()
         (moved,) = move_boxes(box, placement, 300, 300, flip)
         green = (square[..., 1] > 127) & (square[..., 0] < 64)
         columns, rows = np.flatnonzero(green.any(axis=0)), np.flatnonzero(green.any(axis=1))
@@ -101,6 +111,167 @@ def test_views_obey_the_sampled_rules():
     assert all((view[:2] <= 0).all() and (view[2:] >= (400, 300)).all() for view in zoomed)
 
 
+def overlap(a, b):
+    """IoU of two boxes, by hand."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def view_step_by_step(rng, width, height, boxes):
+    """SSD's zoom-out and IoU crop as its authors' and followers' loops do them: one trial after another, no arrays.
+
+    Returns the view in pixels of the image, as sample_view.
+    """
+    canvas_width, canvas_height, left, top = width, height, 0.0, 0.0
+    if rng.random() < 0.5:
+        ratio = rng.uniform(1, 4)
+        canvas_width, canvas_height = width * ratio, height * ratio
+        left, top = rng.uniform(0, canvas_width - width), rng.uniform(0, canvas_height - height)
+    moved = [(x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in boxes]
+    while True:
+        least = rng.choice([None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+        if least is None:
+            return -left, -top, canvas_width - left, canvas_height - top
+        for _ in range(50):
+            w, h = rng.uniform(0.3 * canvas_width, canvas_width), rng.uniform(0.3 * canvas_height, canvas_height)
+            if w / h < 0.5 or w / h > 2:
+                continue
+            x, y = rng.uniform(0, canvas_width - w), rng.uniform(0, canvas_height - h)
+            crop = (x, y, x + w, y + h)
+            if max(overlap(crop, box) for box in moved) < least:
+                continue
+            if any(x < (b[0] + b[2]) / 2 < x + w and y < (b[1] + b[3]) / 2 < y + h for b in moved):
+                return x - left, y - top, x + w - left, y + h - top
+
+
+def describe_view(view, width, height, boxes):
+    """Scale, aspect, and the best IoU with an object."""
+    w, h = view[2] - view[0], view[3] - view[1]
+    return math.sqrt(w * h / (width * height)), w / h, max(overlap(view, box) for box in boxes)
+
+
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.long)], ids=["1,000", "10,000"])
+def test_views_are_distributed_as_ssds(count):
+    """A two-sample Kolmogorov-Smirnov test of scale, aspect and IoU against the loops above."""
+    ours, theirs, layouts = np.random.default_rng(1), np.random.default_rng(2), np.random.default_rng(3)
+    samples = []
+    for _ in range(count):
+        width, height = layouts.integers(200, 501, size=2)
+        corners = layouts.uniform(0, 0.8, size=(layouts.integers(1, 4), 2))
+        boxes = np.concatenate([corners, corners + layouts.uniform(0.05, 0.2, corners.shape)], axis=1)
+        boxes = boxes * [width, height, width, height]
+        views = (
+            sample_view(ours, (height, width), boxes, AugmentConfig()),
+            view_step_by_step(theirs, width, height, boxes),
+        )
+        samples.append([describe_view(view, width, height, boxes) for view in views])
+    samples = np.array(samples)  # (count, 2, 3)
+    for quantity in range(3):
+        assert ks_2samp(samples[:, 0, quantity], samples[:, 1, quantity]).pvalue > 0.01
+    # And the test can tell: without zoom-out it would fail.
+    plain = [sample_view(ours, (300, 400), boxes[:1], AugmentConfig(zoom_out=0)) for _ in range(count)]
+    scales = [describe_view(view, 400, 300, boxes[:1])[0] for view in plain]
+    assert ks_2samp(scales, samples[:, 1, 0]).pvalue < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def photograph(boxes, colour, size=(120, 160), **flags):
+    """A black photograph with its objects painted."""
+    pixels = torch.zeros(3, *size, dtype=torch.uint8)
+    for x0, y0, x1, y1 in boxes:
+        pixels[:, y0:y1, x0:x1] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    count = len(boxes)
+    return Photograph(
+        pixels=pixels,
+        boxes=np.array(boxes, dtype=float).reshape(-1, 4),
+        labels=np.arange(1, count + 1),
+        difficult=np.zeros(count, dtype=bool),
+        crowd=flags.get("crowd", np.zeros(count, dtype=bool)),
+        size=size,
+    )
+
+
+def test_objects_are_dropped_by_the_rule():
+    """An object stays if its centre is in the view and min_side pixels of it are left; a crowd needs no centre."""
+    boxes = [(10, 10, 60, 60), (100, 10, 150, 60), (30, 80, 31, 110)]
+    config = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), flip=0, colour=0)
+    _, objects = augment(np.random.default_rng(0), photograph(boxes, (9, 9, 9)), 160, 120, config)
+    assert objects["labels"].tolist() == [1, 2, 3]
+    _, objects = augment(np.random.default_rng(0), photograph(boxes, (9, 9, 9)), 80, 60, config)
+    assert objects["labels"].tolist() == [1, 2]  # the third is half a pixel wide
+    crop = AugmentConfig(zoom_out=0, crop_min_overlaps=(0.9,), flip=0, colour=0)
+    crowd = np.array([False, True, True])
+    for seed in range(20):
+        _, objects = augment(np.random.default_rng(seed), photograph(boxes, (9, 9, 9), crowd=crowd), 300, 300, crop)
+        assert objects["labels"][0] == 1  # crops look for what is no crowd
+        assert (objects["boxes"][:, 2:] - objects["boxes"][:, :2] >= 1).all()
+
+
+def test_an_image_stored_smaller_gives_the_same_boxes():
+    image = noise_image(400, 200)
+    boxes = np.array([[40.0, 20.0, 200.0, 160.0]])
+    view = np.array([20.0, -40.0, 300.0, 180.0])
+    whole, placement = render_view(to_pixels(image), view, 300, 300)
+    half, half_placement = render_view(to_pixels(image.resize((200, 100))), view, 300, 300, size=(200, 400))
+    expected = move_boxes(boxes, placement, 300, 300)
+    assert np.abs(move_boxes(boxes, half_placement, 300, 300) - expected).max() < 1.5
+    assert (whole.float() - half.float()).abs().mean() < 6
+
+
+def test_mosaic_holds_four_photographs_with_their_boxes():
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
+    photographs = [photograph([(40, 30, 120, 90)], colour) for colour in colours]
+    config = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), colour=0)
+    orders = set()
+    for seed in range(8):
+        square, objects = mosaic(np.random.default_rng(seed), photographs, 300, config)
+        assert square.shape == (3, 300, 300)
+        assert len(objects["labels"]) == 4
+        for box, colour in zip(objects["boxes"], colours, strict=True):
+            mask = (square == torch.tensor(colour, dtype=torch.uint8)[:, None, None]).all(dim=0)
+            rows, columns = torch.where(mask)
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(np.array(found) - box).max() <= 2  # resizing blurs an edge
+        orders.add(tuple(np.argsort(objects["boxes"][:, 0] + 1000 * objects["boxes"][:, 1])))
+    assert len(orders) > 3  # the first is not always in the same corner
+
+
+def test_pasted_objects_are_there_and_cover_little():
+    config = AugmentConfig(copy_paste=1, colour=0)
+    target, donor = (
+        photograph([(20, 20, 80, 80)], (200, 0, 0)),
+        photograph([(10, 10, 50, 60), (60, 60, 90, 110)], (0, 200, 0)),
+    )
+    counts = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        pixels, objects = augment(rng, target, 300, 300, NO_AUGMENTATION)
+        before = pixels.clone()
+        pasted, both = copy_paste(rng, pixels, objects, donor, config)
+        assert torch.equal(pixels, before)  # the sample itself is not written to
+        counts.append(len(both["labels"]) - 1)
+        assert both["boxes"][0].tolist() == objects["boxes"][0].tolist()
+        for x0, y0, x1, y1 in both["boxes"][1:].astype(int):
+            assert (pasted[1, y0:y1, x0:x1] == 200).all()
+            shared = max(0, min(x1, both["boxes"][0][2]) - max(x0, both["boxes"][0][0])) * max(
+                0, min(y1, both["boxes"][0][3]) - max(y0, both["boxes"][0][1])
+            )
+            assert shared <= 0.1 * np.prod(both["boxes"][0][2:] - both["boxes"][0][:2])
+    assert set(counts) >= {1, 2}
+    empty = photograph([], (0, 0, 0))
+    _, none = copy_paste(np.random.default_rng(0), pixels, objects, empty, config)
+    assert none["labels"].tolist() == objects["labels"].tolist()
+
+
+def test_options_are_closed():
+    config = AugmentConfig(mosaic=0.5, copy_paste=0.5, flip=0.2)
+    assert config.closed() == AugmentConfig(flip=0.2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Colour
 
@@ -124,8 +295,8 @@ def test_colour_matrix_is_the_linear_steps_rounded_once():
         y, i, q = np.moveaxis(expected @ yiq.T, -1, 0)
         i, q = i * math.cos(degrees) - q * math.sin(degrees), i * math.sin(degrees) + q * math.cos(degrees)
         expected = np.stack([y, i, q], axis=-1) @ np.linalg.inv(yiq).T * contrast
-        image = Image.fromarray(pixels.astype(np.uint8)).convert("RGB", tuple(matrix.flatten()))
-        assert np.abs(np.asarray(image) - expected.clip(0, 255)).max() <= 0.5 + 1e-3
+        changed = change_colour(torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1), matrix)
+        assert np.abs(changed.permute(1, 2, 0).numpy() - expected.clip(0, 255)).max() <= 0.5 + 1e-3
 
 
 def test_colour_that_is_off_is_off():
