@@ -267,7 +267,7 @@ def open_image(path):
     except Image.UnidentifiedImageError:
         raise DataError(f"image {path} is no image that can be read", "file is no image") from None
     except Image.DecompressionBombError as error:  # raised before anything is decoded
-        raise DataError(f"image {path} is refused: {error}", "image too large") from None
+        raise DataError(f"image {path} is refused, shrink it or cut it up: {error}", "image too large") from None
     except DataError:
         raise
     except (OSError, ValueError, SyntaxError) as error:

@@ -20,6 +20,15 @@ def voc_real():
 
 
 @pytest.fixture(scope="session")
+def bccd():
+    """The blood cells in VOC's layout; the test skips where they are not."""
+    folder = SHARED / "BCCD"
+    if not folder.is_dir():
+        pytest.skip("no ../shared photographs here")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """A folder with a drawn VOC folder (voc) of 12 and 6 images, and its data lists (train.json, val.json)."""
     folder = tmp_path_factory.mktemp("drawn")
