@@ -10,9 +10,11 @@ The augmentation itself is in augment.py, the cache of decoded images in pixel_c
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import pickle
+import platform
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -29,6 +31,7 @@ from augment import FILL, NO_AUGMENTATION, AugmentConfig, Photograph, augment, c
 from utils import InputError, explain, set_fields, whole_number, written_whole
 
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
 
 
@@ -366,14 +369,18 @@ class DetectionDataset(Dataset):
 
 
 def collate(samples):
-    """Samples -> a batch: image (B, 3, S, S), objects padded to the most of any image (label 0 is padding)."""
+    """Samples -> a batch: image (B, 3, S, S), objects padded to the most of any image (label 0 is padding).
+
+    default_collate stacks: in a worker it writes right into the memory that the main process reads.
+    """
 
     def padded(name):
-        return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
+        rows = torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
+        return default_collate(list(rows))
 
     return {
-        # Pixels lie as PIL left them, channels last, which is what the network wants: (B, S, S, 3), then turned.
-        "image": torch.stack([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+        # Pixels lie channels last, which is what the network wants: (B, S, S, 3), then turned.
+        "image": default_collate([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
         "boxes_unit": padded("boxes_unit"),  # (B, N, 4)
         "labels": padded("labels"),  # (B, N)
         "difficult": padded("difficult"),
@@ -434,6 +441,9 @@ class EpochSampler(Sampler):
 def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops the workers itself
     torch.set_num_threads(1)
+    # glibc would keep the room of batches in its heap, in pieces: up to 200 MB a worker. Above 4 MB it gives room back.
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=False, start_method=None):

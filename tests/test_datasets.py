@@ -1,14 +1,30 @@
 """Data lists, images and what is wrong with them; samples by key; batches."""
 
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import datasets
 from augment import AugmentConfig
-from datasets import DataError, DataList, DetectionDataset, EpochSampler, collate, fit_image, make_loader, read_image
+from datasets import (
+    DataError,
+    DataList,
+    DetectionDataset,
+    EpochSampler,
+    Strings,
+    balanced_weights,
+    collate,
+    draw_batch,
+    fit_image,
+    main,
+    make_loader,
+    read_image,
+)
 
 
 def noise_image(width, height, seed=0):
@@ -92,6 +108,58 @@ def test_image_of_another_size_is_refused(tmp_path):
         dataset[0]
 
 
+def test_strings_are_a_list():
+    names = ["", "a.jpg", "Bäume/ß 1.png", "", "z" * 300]
+    table = Strings.of(names)
+    assert len(table) == 5
+    assert [table[i] for i in range(5)] == names
+    assert len(Strings.of([])) == 0
+
+
+def same_lists(a, b):
+    assert (a.classes, a.category_ids, a.image_root) == (b.classes, b.category_ids, b.image_root)
+    for index in range(len(a)):
+        one, other = a.target(index), b.target(index)
+        assert a.image_path(index) == b.image_path(index)
+        assert set(one) == set(other)
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("ids", [[7, 9], ["seven", "nine"]])
+def test_arrays_of_a_large_list_are_kept_and_mapped(tmp_path, monkeypatch, ids):
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 10, "height": 20} for i in ids]
+    path = write_list(tmp_path / "x.json", images=images, annotations=[
+        {"id": 1, "image_id": ids[0], "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 1},
+        {"id": 2, "image_id": ids[1], "category_id": 1, "bbox": [0, 2, 3, 4], "difficult": 1},
+    ])  # fmt: skip
+    parsed = DataList.load(path)
+    monkeypatch.setattr(datasets, "ARRAYS_FROM", 0)
+    same_lists(parsed, DataList.load(path))  # makes the file
+    monkeypatch.setattr(DataList, "_from_json", None)  # and now it has to do without parsing
+    mapped = DataList.load(path)
+    same_lists(parsed, mapped)
+    assert mapped.arrays_file == tmp_path / "x.arrays"
+    same_lists(mapped, pickle.loads(pickle.dumps(mapped)))
+    assert len(pickle.dumps(mapped)) < 500
+    assert DataList.load(path, images="/photos").image_path(0).parent == Path("/photos")
+    assert pickle.loads(pickle.dumps(DataList.load(path, images="/photos"))).image_root == Path("/photos")
+
+
+def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "ARRAYS_FROM", 0)
+    path = write_list(tmp_path / "x.json")
+    DataList.load(path)
+    write_list(path, classes=[], annotations=[])
+    assert len(DataList.load(path).boxes) == 0
+    write_list(path)
+    (tmp_path / "x.arrays").write_bytes(b"rubbish")
+    assert len(DataList.load(path).boxes) == 1
+    (tmp_path / "x.arrays").unlink()
+    (tmp_path / "x.arrays").mkdir()  # where no file can be written
+    assert len(DataList.load(path, images="/photos").boxes) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples and batches
 
@@ -105,18 +173,19 @@ def test_sample_without_augmentation(drawn):
     np.testing.assert_allclose(sample["boxes_unit"], target["boxes"] / [width, height, width, height], rtol=1e-5)
 
 
-def batches(dataset, workers, epoch):
+def batches(dataset, workers, epoch, start_method=None):
     sampler = EpochSampler(len(dataset), seed=5)
     sampler.epoch = epoch
-    return list(make_loader(dataset, 4, sampler, workers))
+    return list(make_loader(dataset, 4, sampler, workers, start_method=start_method))
 
 
 def test_samples_depend_on_their_key_alone(drawn):
-    dataset = DetectionDataset(DataList.load(drawn / "train.json"), 64, AugmentConfig(), seed=5)
+    config = AugmentConfig(mosaic=0.3, copy_paste=0.3)
+    dataset = DetectionDataset(DataList.load(drawn / "train.json"), 64, config, seed=5)
     alone = batches(dataset, 0, epoch=1)
     assert len(alone) == 3
-    for workers in (1, 2):
-        for a, b in zip(alone, batches(dataset, workers, epoch=1), strict=True):
+    for workers, start_method in ((1, "fork"), (2, "fork"), (2, "spawn")):
+        for a, b in zip(alone, batches(dataset, workers, 1, start_method), strict=True):
             assert a["image_id"] == b["image_id"]
             assert torch.equal(a["image"], b["image"])
             assert torch.equal(a["boxes_unit"], b["boxes_unit"])
@@ -134,6 +203,98 @@ def test_sampler_resumes_where_it_stopped():
     assert list(rest) == list(whole)[4:]
     assert sorted(index for _, index, _ in whole) == list(range(10))
     assert len(rest) == 6
+
+
+def test_processes_share_an_epoch():
+    """Step by step, the batches of several processes hold what one process's batch holds."""
+    alone = EpochSampler(20, seed=2)
+    parts = [EpochSampler(20, seed=2, rank=rank, num_processes=2) for rank in range(2)]
+    alone.start = parts[0].start = parts[1].start = 4
+    expected, shares = list(alone), [list(part) for part in parts]
+    assert [len(part) for part in parts] == [8, 8]
+    for step in range(4):
+        together = {key for share in shares for key in share[2 * step : 2 * step + 2]}
+        assert together == set(expected[4 * step : 4 * step + 4])
+
+
+def test_weighted_sampling_keeps_its_shares():
+    weights = np.array([1.0, 1.0, 2.0, 4.0, 0.0])
+    counts = np.zeros(5)
+    for epoch in range(200):
+        sampler = EpochSampler(5, seed=1, weights=weights)
+        sampler.epoch = epoch
+        keys = list(sampler)
+        assert len(set(keys)) == 5  # an index that comes again has another occurrence
+        for index in range(5):
+            drawn = sorted(occurrence for _, i, occurrence in keys if i == index)
+            assert drawn == list(range(len(drawn)))
+            assert abs(len(drawn) - 5 * weights[index] / 8) < 1  # rounded up or down, no further
+            counts[index] += len(drawn)
+    np.testing.assert_allclose(counts / counts.sum(), weights / 8, atol=0.02)
+
+
+def test_balanced_weights_by_hand(tmp_path):
+    """Four images; class 1 is on three of them, class 2 on one, which weighs by its rarest; one has no object."""
+    images = [{"id": i, "file_name": f"{i}", "width": 10, "height": 20} for i in range(5)]
+    objects = [(0, 1), (1, 1), (2, 1), (2, 1), (2, 3), (3, 3)]
+    annotations = [
+        {"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 5, 5], "iscrowd": int(i == 3)}
+        for n, (i, c) in enumerate(objects)
+    ]
+    data_list = DataList.load(write_list(tmp_path / "x.json", images=images, annotations=annotations))
+    np.testing.assert_allclose(balanced_weights(data_list, 1.0), [5 / 3, 5 / 3, 5, 5 / 3, 5 / 3])
+    np.testing.assert_allclose(balanced_weights(data_list, 0.5), np.sqrt([5 / 3, 5 / 3, 5, 5 / 3, 5 / 3]))
+    np.testing.assert_allclose(balanced_weights(data_list, 0.0), np.ones(5))
+
+
+def test_balancing_evens_out_classes(drawn):
+    data_list = DataList.load(drawn / "train.json")
+    rare = int(np.bincount(data_list.labels)[1:].argmin()) + 1
+    with_rare = {i for i in range(len(data_list)) if rare in data_list.target(i)["labels"]}
+    shares = []
+    for power in (0.0, 1.0):
+        drawn_rows = []
+        for epoch in range(20):
+            sampler = EpochSampler(len(data_list), weights=balanced_weights(data_list, power))
+            sampler.epoch = epoch
+            drawn_rows += [index for _, index, _ in sampler]
+        shares.append(np.mean([row in with_rare for row in drawn_rows]))
+    assert shares[1] > shares[0]
+
+
+def test_mosaic_and_copy_paste_end_before_the_training(drawn):
+    data_list = DataList.load(drawn / "train.json")
+    strong = AugmentConfig(mosaic=1, copy_paste=1, close_epochs=2)
+    plain = DetectionDataset(data_list, 64, strong.closed(), num_epochs=10)
+    dataset = DetectionDataset(data_list, 64, strong, num_epochs=10)
+    for epoch, same in ((0, False), (7, False), (8, True), (9, True)):
+        assert torch.equal(dataset[epoch, 1, 0]["image"], plain[epoch, 1, 0]["image"]) == same
+
+
+def test_preview_shows_the_boxes(drawn, tmp_path, capsys):
+    preview = ["--preview", str(tmp_path / "p.png"), "--count", "6", "--image-size", "128", "--plain"]
+    main([str(drawn / "train.json"), *preview])
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    assert picture.shape == (2 * 132 + 4, 4 * 132 + 4, 3)
+    assert "6 of 12 images" in capsys.readouterr().out
+    data_list = DataList.load(drawn / "train.json")
+    keys = list(EpochSampler(12, 0))[:6]
+    for number, key in enumerate(keys):
+        sample = DetectionDataset(data_list, 128)[key]
+        top, left = 132 * (number // 4) + 4, 132 * (number % 4) + 4
+        shown = picture[top : top + 128, left : left + 128].astype(int)
+        changed = np.abs(shown - sample["image"].permute(1, 2, 0).numpy()).sum(axis=2) > 0
+        for x0, y0, x1, _ in (sample["boxes_unit"] * 128).round().int().tolist():
+            assert changed[min(y0, 127), x0 : min(x1, 127)].mean() > 0.9  # the upper edge is drawn
+        assert changed.any() == bool(len(sample["labels"]))
+    with pytest.raises(SystemExit, match="AugmentConfig has no field 'mosiac'"):
+        main([str(drawn / "train.json"), "--set", "mosiac=1"])
+
+
+def test_batches_can_be_drawn_without_objects(drawn):
+    sample = DetectionDataset(DataList.load(drawn / "train.json"), 64)[0]
+    empty = {**sample, **{k: sample[k][:0] for k in ("boxes_unit", "labels", "difficult", "crowd")}}
+    assert draw_batch(collate([empty, empty]), ("a",)).size == (2 * 68 + 4, 72)
 
 
 def test_collate_pads_with_label_zero(drawn):
