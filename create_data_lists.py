@@ -134,7 +134,10 @@ def create_data_lists(found, out, known=None, class_file=None, strict=False, ima
     empty = [split.name for split in splits if not split.images]
     if empty:
         raise DataError(f"no usable image in {', '.join(empty)}: no list was written")
-    serious = Counter({row["kind"]: row["count"] for row in report["problems"] if row["kind"] not in NOTED})
+    serious = Counter()
+    for row in report["problems"]:
+        if row["kind"] not in NOTED:
+            serious[row["kind"]] += row["count"]
     if strict and serious:
         told = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
         raise DataError(f"--strict: {told}. No list was written")
@@ -333,7 +336,7 @@ def read_coco_file(path, content, split, folder):
                 Problem("object of an unknown image", f"{said} names image {entry.get('image_id')!r}")
             )
         elif name is None:
-            problem = Problem("object of a class that is not listed", f"{said}: category {entry.get('category_id')!r}")
+            problem = Problem("object of an unknown class", f"{said}: category {entry.get('category_id')!r}")
             found.problems.append(problem)
         elif len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
             found.problems.append(Problem("object without a box", f"{said} has the box {entry.get('bbox')!r}"))
@@ -416,8 +419,10 @@ def read_yolo_record(image, root, classes):
         else:
             sentence = f"{label_file}: {line[:80]!r} is neither 'class x y width height' nor a polygon"
             raise DataError(sentence, "annotation incomplete")
-        # A number that the yaml does not name stays a number, and is found not to be listed.
-        record.objects.append(RawObject(str(classes.get(label, f"{label:g}")), box, said=f"{line[:80]!r}"))
+        if label in classes:
+            record.objects.append(RawObject(str(classes[label]), box, said=f"{line[:80]!r}"))
+        else:
+            record.problems.append(Problem("object of an unknown class", f"{label_file}: {line[:80]}"))
     return record
 
 

@@ -41,7 +41,7 @@ LEFT_OUT = {
     "box empty": "object left out",
     "box outside the image": "object left out",
     "object twice": "listed once",
-    "object of a class that is not listed": "object left out",
+    "object of an unknown class": "object left out",
     "object of an unknown image": "object left out",
     "object without a box": "object left out",
 }
@@ -64,6 +64,7 @@ NOTED = {
     "two classes on one box": "kept",
     "box under a pixel at network size": "kept: nothing can be learnt from it, and it counts as missed",
     "class without objects": "kept",
+    "class that was not chosen": "object left out",
 }
 ACTIONS = {**LEFT_OUT, **REPAIRED, **NOTED}
 MOST_MATCHED = 50_000  # objects that are compared with the priors; of more, a sample
@@ -251,7 +252,7 @@ def finish_splits(splits, classes, sources):
             for one in image.objects:
                 if one.name not in sources:
                     sentence = f"{image.file_name}: {one.name} {one.said or one.box}"
-                    problems.append(Problem("object of a class that is not listed", sentence))
+                    problems.append(Problem("class that was not chosen", sentence))
             if not objects:
                 problems.append(Problem("image without objects", image.file_name))
             images.append(replace(image, objects=objects))

@@ -86,7 +86,7 @@ def test_class_file_fixes_the_order_and_leaves_out_others(tmp_path):
     assert [category["name"] for category in listed(tmp_path)["categories"]] == ["zebra", "ant"]
     (tmp_path / "classes.txt").write_text("ant\n")
     main([*arguments, "--classes", str(tmp_path / "classes.txt")])
-    assert problems(tmp_path)["object of a class that is not listed"] == ["a.jpg: zebra (1, 1, 50, 50)"]
+    assert problems(tmp_path)["class that was not chosen"] == ["a.jpg: zebra (1, 1, 50, 50)"]
     assert listed(tmp_path)["annotations"] == []
 
 
@@ -361,7 +361,7 @@ def test_classes_are_chosen_and_joined(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("bus\nlorry\n")
     main([*write_coco(tmp_path / "x.json"), "--classes", str(tmp_path / "classes.txt")])
     assert [entry["category_id"] for entry in listed(tmp_path / "out")["annotations"]] == [1]
-    assert len(problems(tmp_path / "out")["object of a class that is not listed"]) == 2
+    assert len(problems(tmp_path / "out")["class that was not chosen"]) == 2
     assert "lorry, of which the data has no object" in capsys.readouterr().err
 
 
@@ -376,7 +376,7 @@ def test_bad_class_files_are_refused(tmp_path, text):
     ("entry", "kind"),
     [
         ({"image_id": 6, "category_id": 1, "bbox": [1, 1, 5, 5]}, "object of an unknown image"),
-        ({"image_id": 5, "category_id": 3, "bbox": [1, 1, 5, 5]}, "object of a class that is not listed"),
+        ({"image_id": 5, "category_id": 3, "bbox": [1, 1, 5, 5]}, "object of an unknown class"),
         ({"image_id": 5, "category_id": 1, "bbox": []}, "object without a box"),
         ({"image_id": 5, "category_id": 1}, "object without a box"),
         ({"image_id": 5, "category_id": 1, "bbox": [1, 1, "5", 5]}, "object without a box"),
@@ -449,7 +449,7 @@ def test_yolo_labels(tmp_path):
     np.testing.assert_allclose(boxes, [[40, 15, 20, 20], [0, 0, 50, 50], [10, 5, 50, 35], [40, 20, 20, 10]], atol=1e-9)
     found = problems(tmp_path / "out")
     assert "polygon.txt" in found["polygon instead of a box"][0]
-    assert "7 0.5" in found["object of a class that is not listed"][0]
+    assert "7 0.5" in found["object of an unknown class"][0]
     assert "word.txt" in found["number unreadable"][0]
     assert "short.txt" in found["annotation incomplete"][0]
 

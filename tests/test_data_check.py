@@ -159,7 +159,7 @@ def nasty_voc(root):
         "box empty": ["empty_box.xml: dog (20, 1, 20, 50)"],
         "box outside the image": ["beyond.xml: dog (101, 1, 120, 50)"],
         "object twice": ["twice.xml"],
-        "object of a class that is not listed": ["zebra.jpg: zebra"],
+        "class that was not chosen": ["zebra.jpg: zebra"],
         "box partly outside the image": ["clipped.xml: dog (-10, 1, 120, 50)"],
         "image named twice": ["named_twice 2 times"],
         "EXIF rotation applied": ["/turned.jpg", "turned_no_size.jpg"],
