@@ -67,7 +67,7 @@ NOTED = {
     "class that was not chosen": "object left out",
 }
 ACTIONS = {**LEFT_OUT, **REPAIRED, **NOTED}
-MOST_MATCHED = 50_000  # objects that are compared with the priors; of more, a sample
+MOST_MATCHED = 10_000  # objects that are compared with the priors; of more, a sample
 
 
 class Problem(NamedTuple):
