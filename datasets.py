@@ -28,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from augment import FILL, NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic, resize
-from utils import InputError, explain, set_fields, whole_number, written_whole
+from utils import InputError, class_colour, explain, set_fields, whole_number, written_whole
 
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -480,7 +480,8 @@ def draw_batch(batch, classes, columns=4):
         if real.any():
             marks = [" (difficult)" * d + " (crowd)" * c for d, c in zip(difficult[real], crowd[real], strict=True)]
             names = [classes[label - 1] + mark for label, mark in zip(labels[real].tolist(), marks, strict=True)]
-            image = draw_bounding_boxes(image, boxes[real] * image.shape[-1], names, width=2)
+            colours = [class_colour(label) for label in labels[real].tolist()]
+            image = draw_bounding_boxes(image, boxes[real] * image.shape[-1], names, colours, width=2)
         pictures.append(image)
     return to_pil_image(make_grid(pictures, nrow=columns, padding=4, pad_value=255))
 

@@ -11,7 +11,6 @@ writes detected_img/photo.jpg. In Python, with torch's safe loading left on:
 """
 
 import argparse
-import colorsys
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets import DataError, fit_image, read_image, to_rgb
 from model import DEFAULT_CHECKPOINT, FPNSSD, last_loaded_model, load_checkpoint, postprocess
-from utils import InputError, autocast, pick_device, pick_precision, whole_number, written_whole
+from utils import InputError, autocast, class_colour, pick_device, pick_precision, whole_number, written_whole
 
 _model_in_use = None
 
@@ -146,12 +145,6 @@ def _rows(detections):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing
-
-
-def class_colour(label):
-    """An RGB colour for a label, far in hue from its neighbours' (steps of the golden ratio)."""
-    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 0.95)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def annotate(image, detections, classes):

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import colorsys
 import contextlib
 import os
 import tempfile
@@ -80,6 +81,12 @@ def in_threads(function, items, ahead=64):
         finally:
             for future in running:
                 future.cancel()
+
+
+def class_colour(label):
+    """An RGB colour for a label, far in hue from its neighbours' (steps of the golden ratio)."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def pick_device(name="auto"):

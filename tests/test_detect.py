@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detect import annotate, class_colour, detect, find_objects, free_name, main
+from detect import annotate, detect, find_objects, free_name, main
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
+from utils import class_colour
 
 ROOT = Path(__file__).parents[1]
 

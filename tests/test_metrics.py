@@ -23,6 +23,7 @@ def make_list(images, num_classes=3):
         file_names=[f"{i}.jpg" for i in range(len(images))],
         image_ids=list(range(len(images))),
         sizes=np.full((len(images), 2), 300),
+        apply_exif=np.zeros(len(images), dtype=bool),
         first=np.cumsum([0, *(len(objects) for objects in images)]),
         boxes=np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, 4),
         labels=np.array([row[1] for row in rows], dtype=np.int64),
