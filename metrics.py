@@ -6,17 +6,20 @@ order of the data list. COCO's numbers are faster-coco-eval's, which agree with 
 """
 
 import contextlib
+import gc
 import io
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from faster_coco_eval import COCO, COCOeval_faster
-from torchvision.ops import box_convert, box_iou
 
 DIFFICULT_AREA = 1e11  # beyond every area range of COCO: ignored, with ordinary IoU
 COCO_NAMES = (
     "coco_ap", "coco_ap50", "coco_ap75", "coco_ap_small", "coco_ap_medium", "coco_ap_large",
     "coco_ar1", "coco_ar10", "coco_ar100", "coco_ar_small", "coco_ar_medium", "coco_ar_large",
 )  # fmt: skip
+MOST_PAIRS = 2_000_000  # of a detection and an object that are compared at a time
 
 
 def compute_metrics(data_list, detections):
@@ -27,16 +30,18 @@ def compute_metrics(data_list, detections):
     """
     if len(detections) != len(data_list):
         raise ValueError(f"{len(detections)} sets of detections for {len(data_list)} images of {data_list.path}")
-    coco, coco_per_class = coco_metrics(data_list, detections)
+    ranked = rank(data_list, detections)
+    coco, coco_per_class = coco_metrics(data_list, ranked)
     per_class = {}
     for label, name in enumerate(data_list.classes, start=1):
         of_class = data_list.labels == label
         counted = of_class & ~data_list.difficult & ~data_list.crowd
-        found, num_detections = match_class(data_list, detections, label, min_overlap=0.5)
+        found = match_voc(data_list, ranked, label)
+        found = found[found >= 0] == 1
         per_class[name] = {
             "objects": int(counted.sum()),
             "difficult": int((of_class & ~counted).sum()),
-            "detections": num_detections,
+            "detections": ranked.of(label).stop - ranked.of(label).start,
             "voc2007_ap50": voc2007_ap(found, int(counted.sum())),
             "voc2010_ap50": voc2010_ap(found, int(counted.sum())),
             **coco_per_class[name],
@@ -57,42 +62,102 @@ def _mean(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# All detections of a list as arrays
+
+
+@dataclass
+class Ranked:
+    """All detections, label after label, best first; of equal scores the one that the data list has earlier."""
+
+    images: np.ndarray  # (n,) rows of the data list
+    labels: np.ndarray  # (n,)
+    scores: np.ndarray  # (n,) float64
+    boxes: np.ndarray  # (n, 4) float64
+    objects: np.ndarray  # (n,) row of the object of its class and image that it overlaps most, -1 where there is none
+    overlaps: np.ndarray  # (n,) IoU with that object
+    first: np.ndarray  # (C + 2,): detections of a label are first[label]:first[label + 1]
+
+    def __len__(self):
+        return len(self.scores)
+
+    def of(self, label):
+        """The rows of a label, as a slice."""
+        return slice(int(self.first[label]), int(self.first[label + 1]))
+
+
+def rank(data_list, detections):
+    """One dict (boxes, scores, labels; tensors) an image -> Ranked."""
+    parts = {
+        "boxes": torch.zeros(0, 4),
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0, dtype=torch.long),
+    }
+    gathered = {name: torch.cat([empty, *(d[name] for d in detections)]).numpy() for name, empty in parts.items()}
+    images = np.repeat(np.arange(len(detections)), [len(d["scores"]) for d in detections])
+    scores = gathered["scores"].astype(np.float64)
+    order = np.lexsort((-scores, gathered["labels"]))  # stable
+    images, labels = images[order], gathered["labels"][order]
+    boxes = gathered["boxes"][order].astype(np.float64)
+    objects, overlaps = best_objects(data_list, images, labels, boxes)
+    first = np.searchsorted(labels, np.arange(len(data_list.classes) + 2))
+    return Ranked(images, labels, scores[order], boxes, objects, overlaps, first)
+
+
+def best_objects(data_list, images, labels, boxes):
+    """For each of n detections the row of the object of its image and class that it overlaps most, and the IoU.
+
+    The first of equals, as the devkit; -1 and 0 where there is no such object.
+    """
+    num_labels = len(data_list.classes) + 1
+    object_images = np.repeat(np.arange(len(data_list)), np.diff(data_list.first))
+    object_keys = object_images * num_labels + data_list.labels
+    rows = np.argsort(object_keys, kind="stable")
+    keys = images * num_labels + labels
+    starts = np.searchsorted(object_keys[rows], keys, side="left")
+    counts = np.searchsorted(object_keys[rows], keys, side="right") - starts
+    best, overlaps = np.full(len(boxes), -1), np.zeros(len(boxes))
+    # Blocks of detections, so that memory does not grow with the number of pairs.
+    block = np.cumsum(counts) // MOST_PAIRS
+    for which in np.split(np.flatnonzero(counts), np.flatnonzero(np.diff(block[counts > 0])) + 1):
+        if len(which) == 0:
+            continue
+        ends = np.cumsum(counts[which])
+        begins = ends - counts[which]
+        place = np.repeat(np.arange(len(which)), counts[which])  # (pairs,): which detection
+        candidates = rows[np.repeat(starts[which], counts[which]) + np.arange(ends[-1]) - begins[place]]
+        pair_overlaps = overlap_pairs(boxes[which[place]], data_list.boxes[candidates].astype(np.float64))
+        highest = np.maximum.reduceat(pair_overlaps, begins)
+        winners = np.flatnonzero(pair_overlaps == highest[place])[::-1]
+        first_winner = np.empty(len(which), dtype=int)
+        first_winner[place[winners]] = winners  # the last one written is the first of equals
+        best[which], overlaps[which] = candidates[first_winner], highest
+    return best, overlaps
+
+
+def overlap_pairs(a, b):
+    """IoU (n,) of boxes a (n, 4) and b (n, 4), row by row."""
+    width = np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0])
+    height = np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1])
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    areas = [(c[:, 2] - c[:, 0]) * (c[:, 3] - c[:, 1]) for c in (a, b)]
+    return shared / (areas[0] + areas[1] - shared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # VOC
 
 
-def match_class(data_list, detections, label, min_overlap):
-    """Which detections of a class are right: (is_true (n,) bool, best first, without ignored ones; number of all)."""
-    scores, claims = [], []  # a claim is the row of the object found, or -1 for none, or -2 for one to be ignored
-    for image, result in enumerate(detections):
-        chosen = result["labels"] == label
-        if not chosen.any():
-            continue
-        rows = np.arange(data_list.first[image], data_list.first[image + 1])
-        rows = rows[data_list.labels[rows] == label]
-        scores.append(result["scores"][chosen].double().numpy())
-        claims.append(_claims(result["boxes"][chosen].double(), data_list, rows, min_overlap))
-    if not scores:
-        return np.zeros(0, dtype=bool), 0
-    scores, claims = np.concatenate(scores), np.concatenate(claims)
-    claims = claims[np.argsort(-scores, kind="stable")]
-    claims = claims[claims != -2]
+def match_voc(data_list, ranked, label, min_overlap=0.5):
+    """(n,) for the detections of a label, best first: 1 right, 0 wrong, -1 ignored: on a difficult one or a crowd."""
+    rows = ranked.of(label)
+    claims = np.where(ranked.overlaps[rows] >= min_overlap, ranked.objects[rows], -1)
+    ignored = np.append(data_list.difficult | data_list.crowd, False)[claims]  # -1 is the one appended
     # The best detection of an object finds it; later ones are false.
-    is_true = np.zeros(len(claims), dtype=bool)
     objects, first_claim = np.unique(claims, return_index=True)
-    is_true[first_claim[objects >= 0]] = True
-    return is_true, len(scores)
-
-
-def _claims(boxes, data_list, rows, min_overlap):
-    if len(rows) == 0:
-        return np.full(len(boxes), -1)
-    objects = boxes.new_tensor(data_list.boxes[rows])
-    overlaps = box_iou(boxes, objects).numpy()  # (m, n)
-    best = overlaps.argmax(axis=1)  # the first of equals, as the devkit
-    claims = rows[best]
-    ignored = (data_list.difficult | data_list.crowd)[claims]
-    claims = np.where(ignored, -2, claims)
-    return np.where(overlaps[np.arange(len(best)), best] >= min_overlap, claims, -1)
+    result = np.zeros(len(claims), dtype=np.int8)
+    result[first_claim[objects >= 0]] = 1
+    result[ignored] = -1
+    return result
 
 
 def precision_curve(is_true):
@@ -124,14 +189,14 @@ def voc2010_ap(is_true, num_objects):
 # COCO
 
 
-def coco_metrics(data_list, detections):
+def coco_metrics(data_list, ranked):
     """COCO's twelve numbers by name, and ap, ap50 by class."""
-    results = to_coco_results(data_list, detections)
     per_class_none = {name: {"coco_ap": None, "coco_ap50": None} for name in data_list.classes}
-    if not results:  # the reference raises here; the numbers are known without it
+    if len(ranked) == 0:  # the reference raises here; the numbers are known without it
         return _without_detections(data_list, per_class_none)
     truth = _coco_truth(data_list)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _no_garbage_collection():
+        results = _coco_results(ranked)
         evaluation = COCOeval_faster(truth, truth.loadRes(results), iouType="bbox")
         evaluation.run()
     numbers = {name: _or_none(value) for name, value in zip(COCO_NAMES, evaluation.stats[:12], strict=True)}
@@ -141,6 +206,18 @@ def coco_metrics(data_list, detections):
         for k, name in enumerate(data_list.classes)
     }
     return numbers, per_class
+
+
+@contextlib.contextmanager
+def _no_garbage_collection():
+    """While a million dicts are made, each pass over all of them costs more than they do."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _or_none(value):
@@ -186,11 +263,20 @@ def _coco_truth(data_list):
     return truth
 
 
-def to_coco_results(data_list, detections):
-    """COCO's result format, with row + 1 as image id and labels as category ids."""
-    results = []
-    for row, result in enumerate(detections):
-        boxes = box_convert(result["boxes"].double(), "xyxy", "xywh")
-        for box, score, label in zip(boxes.tolist(), result["scores"].tolist(), result["labels"].tolist(), strict=True):
-            results.append({"image_id": row + 1, "category_id": label, "bbox": box, "score": score})
-    return results
+def _coco_results(ranked):
+    """COCO's result format, with row + 1 as image id and labels as category ids, image after image."""
+    order = np.argsort(ranked.images, kind="stable")
+    boxes = ranked.boxes[order]
+    boxes[:, 2:] -= boxes[:, :2]
+    rows = zip(
+        (ranked.images[order] + 1).tolist(),
+        ranked.labels[order].tolist(),
+        boxes.tolist(),
+        ranked.scores[order].tolist(),
+        strict=True,
+    )
+    no_outline = []  # without one the library makes one of each box
+    return [
+        {"image_id": image, "category_id": label, "bbox": box, "score": score, "segmentation": no_outline}
+        for image, label, box, score in rows
+    ]
