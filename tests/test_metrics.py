@@ -211,7 +211,7 @@ def pycocotools_numbers(objects, detections):
     return [None if value < 0 else value for value in evaluation.stats]
 
 
-@pytest.mark.parametrize("cases", [60, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cases", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_random_cases_against_the_references(cases):
     rng = np.random.default_rng(0)
     for _ in range(cases):
