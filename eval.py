@@ -1,7 +1,10 @@
-"""A checkpoint and a data list -> the table, and the same numbers as JSON.
+"""A checkpoint, or a file of detections, and a data list -> the table, and the same numbers as JSON.
 
     python eval.py                                    # the default checkpoint on data/voc2012, split val
     python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
+    python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
+    python eval.py --detections detections.json --data data/vocreal       # anybody's, in COCO's result format
+    python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
 
 `evaluate` scores whatever predicts, for training too.
 """
@@ -15,8 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import intervals
 from datasets import DataError, DataList, DetectionDataset, make_loader
-from metrics import compute_metrics
+from detections import read_coco, write_coco, write_voc
+from metrics import compute_metrics, rank
 from model import DEFAULT_CHECKPOINT, load_checkpoint, postprocess
 from utils import InputError, autocast, explain, pick_device, pick_precision, whole_number, written_whole
 
@@ -24,31 +29,29 @@ from utils import InputError, autocast, explain, pick_device, pick_precision, wh
 def main(argv=None):
     args = parse_args(argv)
     try:
-        device = pick_device(args.device)
-        precision = pick_precision(args.precision, device)
-        model = load_checkpoint(args.checkpoint)["model"].to(device)
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images)
-        check_same_classes(model.config.classes, data_list, args.checkpoint)
-        knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k}
-        predict_fn = make_predict_fn(model, device, precision, **knobs)
+        if args.compare:
+            print(format_comparison(args.compare, compare(args.compare, data_list, args)))
+            return
+        detections, settings, seconds = obtain(args.detections or args.checkpoint, data_list, args)
         start = time.perf_counter()
-        metrics = evaluate(predict_fn, data_list, model.config.image_size, args.batch_size, args.workers)
-        seconds = time.perf_counter() - start
+        metrics = compute_metrics(data_list, detections)
+        seconds["score"] = time.perf_counter() - start
+        if args.intervals:
+            matched = intervals.match(data_list, rank(data_list, detections))
+            metrics["intervals"] = intervals.intervals(data_list, matched, args.intervals)
+        metrics |= {"seconds": seconds, "settings": settings}
+        print(format_table(metrics))
+        for path, write in (
+            (args.json, lambda path: write_json(path, metrics)),
+            (args.save_detections, lambda path: write_coco(path, data_list, detections)),
+            (args.voc_files, lambda path: write_voc(path, data_list, detections, args.split)),
+        ):
+            if path:
+                write(path)
+                print(f"wrote {path}")
     except (InputError, OSError) as error:
         sys.exit(f"eval: {explain(error)}")
-    metrics["settings"] = {
-        "checkpoint": str(args.checkpoint),
-        "data_list": data_list.path,
-        "device": device.type,
-        "precision": precision,
-        **knobs,
-    }
-    print(format_table(metrics))
-    print(f"{len(data_list)} images in {seconds:.1f} s, {len(data_list) / seconds:.1f} images/s, all included")
-    if args.json:
-        with written_whole(args.json) as temporary:
-            Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-        print(f"wrote {args.json}")
 
 
 def parse_args(argv):
@@ -56,13 +59,20 @@ def parse_args(argv):
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--detections", metavar="FILE", help="score this file in COCO's result format instead")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="do these, checkpoints or .json files, differ?")
+    parser.add_argument("--skip-bad", action="store_true", help="score a file's good detections, count its bad ones")
     parser.add_argument("--data", default="data/voc2012", help="folder of data lists")
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
-    parser.add_argument("--json", help="file that gets the numbers")
+    parser.add_argument("--json", metavar="FILE", help="gets the numbers")
+    parser.add_argument("--save-detections", metavar="FILE", help="gets the detections in COCO's result format")
+    parser.add_argument("--voc-files", metavar="FOLDER", help="gets comp4_det_SPLIT_CLASS.txt for VOC's server")
+    parser.add_argument("--intervals", type=whole_number(0), default=1000, help="resamples of images; 0 for none")
     parser.add_argument("--min-score", type=float, default=0.01)
     parser.add_argument("--max-overlap", type=float, default=0.45)
     parser.add_argument("--top-k", type=whole_number(1), default=200)
+    parser.add_argument("--flip", action="store_true", help="mean with what the network says of the mirrored image")
     parser.add_argument("--batch-size", type=whole_number(1), default=16)
     parser.add_argument("--workers", type=whole_number(0), default=2)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -70,28 +80,106 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def make_predict_fn(model, device, precision, min_score=0.01, max_overlap=0.45, top_k=200):
-    """predict_fn(images uint8 (B, 3, S, S), sizes [(h, w)]) -> one dict of detections an image, on the CPU."""
-    model = model.eval().to(memory_format=torch.channels_last)
+def obtain(source, data_list, args):
+    """(detections, settings, seconds by part) of a checkpoint, or of a .json file of detections."""
+    if str(source).endswith(".json"):
+        start = time.perf_counter()
+        detections, problems = read_coco(source, data_list, args.skip_bad)
+        settings = {"detections": str(source), "data_list": data_list.path, "skipped": problems}
+        return detections, settings, {"load": time.perf_counter() - start}
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    model = load_checkpoint(source)["model"].to(device)
+    check_same_classes(model.config.classes, data_list, source)
+    knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k, "flip": args.flip}
+    predict_fn = Predictor(model, device, precision, **knobs)
+    detections, seconds = predict(predict_fn, data_list, model.config.image_size, args.batch_size, args.workers)
+    where = {"device": device.type, "precision": precision}
+    return detections, {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}, seconds
+
+
+def write_json(path, metrics):
+    with written_whole(path) as temporary:
+        Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predicting and scoring
+
+
+class Predictor:
+    """predict_fn(images uint8 (B, 3, S, S), sizes [(h, w)]) -> one dict of detections an image, on the CPU.
+
+    flip: probabilities and offsets are the mean of those of the image and of its mirror image. `seconds` counts the
+    time in the network and in decoding.
+    """
+
+    def __init__(self, model, device, precision, min_score=0.01, max_overlap=0.45, top_k=200, flip=False):
+        self.model = model.eval().to(memory_format=torch.channels_last)
+        self.device, self.precision = device, precision
+        self.knobs = (min_score, max_overlap, top_k)
+        self.mirror = mirror_index(model.priors) if flip else None
+        self.seconds = {"forward": 0.0, "decode": 0.0}
 
     @torch.no_grad()
-    def predict_fn(images, sizes):
-        images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            offsets, logits = model(images)
-        results = postprocess(offsets, logits, model.priors, sizes, min_score, max_overlap, top_k)
-        return [{name: tensor.cpu() for name, tensor in result.items()} for result in results]
+    def __call__(self, images, sizes):
+        start = self._now()
+        offsets, logits = self._forward(images.to(self.device, non_blocking=True))
+        if self.mirror is not None:
+            mirrored_offsets, mirrored_logits = self._forward(images.flip(3).to(self.device))
+            sign = offsets.new_tensor([-1, 1, 1, 1])  # what was right of a prior is left of its mirror image
+            offsets = (offsets + sign * mirrored_offsets[:, self.mirror]) / 2
+            logits = ((logits.softmax(dim=2) + mirrored_logits[:, self.mirror].softmax(dim=2)) / 2).log()
+        middle = self._now()
+        results = postprocess(offsets, logits, self.model.priors, sizes, *self.knobs)
+        results = [{name: tensor.cpu() for name, tensor in result.items()} for result in results]
+        self.seconds["forward"] += middle - start
+        self.seconds["decode"] += self._now() - middle
+        return results
 
-    return predict_fn
+    def _forward(self, images):
+        with autocast(self.device, self.precision):
+            offsets, logits = self.model(images.contiguous(memory_format=torch.channels_last))
+        return offsets.float(), logits.float()
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def mirror_index(priors):
+    """(P,): for each of priors (P, 4), cxcywh in 0..1, the one that is its mirror image, left for right."""
+    mirrored = priors * priors.new_tensor([-1, 1, 1, 1]) + priors.new_tensor([1, 0, 0, 0])
+    distances = [torch.cdist(part, priors, p=1).min(dim=1) for part in mirrored.split(1024)]
+    if max(part.values.max().item() for part in distances) > 1e-4:
+        raise InputError("these priors have no mirror images, so --flip cannot be used")
+    return torch.cat([part.indices for part in distances])
+
+
+def predict(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
+    """(one dict of detections for every image of a DataList, {"load", "forward", "decode", ...: seconds})."""
+    loader = make_loader(DetectionDataset(data_list, image_size), batch_size, workers=workers)
+    detections, inside = [], 0.0
+    start = time.perf_counter()
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
+        begun = time.perf_counter()
+        detections += predict_fn(batch["image"], batch["size"])
+        inside += time.perf_counter() - begun
+    parts = getattr(predict_fn, "seconds", {"predict": inside})
+    return detections, {"load": time.perf_counter() - start - inside, **parts}
 
 
 def evaluate(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
     """The metrics (see metrics.compute_metrics) of whatever predict_fn answers for every image of a DataList."""
-    loader = make_loader(DetectionDataset(data_list, image_size), batch_size, workers=workers)
-    detections = []
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
-        detections += predict_fn(batch["image"], batch["size"])
+    detections, _ = predict(predict_fn, data_list, image_size, batch_size, workers)
     return compute_metrics(data_list, detections)
+
+
+def compare(sources, data_list, args):
+    """intervals.compare of two checkpoints or files of detections, on one list."""
+    matched = [intervals.match(data_list, rank(data_list, obtain(source, data_list, args)[0])) for source in sources]
+    return intervals.compare(data_list, *matched, args.intervals or 1000)
 
 
 def check_same_classes(classes, data_list, checkpoint):
@@ -107,25 +195,51 @@ def _some(names):
 
 
 def format_table(metrics):
-    """The numbers in percent, a line a class, and the protocols in full."""
-
-    def percent(value):
-        return "none" if value is None else f"{100 * value:.1f}"
-
+    """The numbers in percent, a line a class, and the protocols in full with their 95 % intervals."""
     columns = ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")
     width = max(len("class"), *(len(name) for name in metrics["per_class"]))
     lines = [f"{'class':{width}}  objects  detections  " + "  ".join(f"{c:>12}" for c in columns)]
     for name, row in metrics["per_class"].items():
-        numbers = "  ".join(f"{percent(row[c]):>12}" for c in columns)
+        numbers = "  ".join(f"{_percent(row[c]):>12}" for c in columns)
         lines.append(f"{name:{width}}  {row['objects']:7}  {row['detections']:10}  {numbers}")
     lines.append("")
     for name, value in metrics.items():
         if name.startswith(("voc", "coco")):
-            lines.append(f"{name:16} {percent(value):>6}")
-    settings = metrics.get("settings", {})
+            middle = metrics.get("intervals", {}).get(name)
+            said = f"  95 %: {_percent(middle[0])} .. {_percent(middle[1])}" if middle else ""
+            lines.append(f"{name:16} {_percent(value):>6}{said}")
+    if metrics["objects"] == 0:
+        lines.append("no object to score against: all numbers are none")
+    seconds, settings = metrics.get("seconds", {}), metrics.get("settings", {})
+    if seconds:
+        total = sum(seconds.values())
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+        lines.append(
+            f"{metrics['images']} images in {total:.1f} s, {metrics['images'] / total:.1f} images/s: {parts} s"
+        )
     if settings:
         lines.append("with " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def format_comparison(sources, result):
+    """Which of two detectors is better, by each number, and whether it is more than chance."""
+    lines = [f"B - A in points, paired bootstrap over images; A: {sources[0]}, B: {sources[1]}"]
+    for name, row in result.items():
+        if row["interval"] is None:
+            lines.append(f"{name:14} none: no object to score against")
+            continue
+        low, high = row["interval"]
+        verdict = "B is better" if low > 0 else "A is better" if high < 0 else "no difference is shown"
+        lines.append(
+            f"{name:14} {100 * row['difference']:+6.1f}  95 %: {100 * low:+.1f} .. {100 * high:+.1f}  "
+            f"B better in {100 * row['better']:.0f} % of resamples  {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def _percent(value):
+    return "none" if value is None else f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from datasets import (
     draw_batch,
     make_loader,
 )
-from eval import check_same_classes, evaluate, format_table, make_predict_fn
+from eval import Predictor, check_same_classes, evaluate, format_table
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
 from pixel_cache import PixelCache
@@ -405,7 +405,7 @@ def train(config, resume=False):
                 break
             is_last = epoch + 1 == config.epochs
             if (epoch + 1) % config.eval_every == 0 or is_last:
-                predict_fn = make_predict_fn(run.ema.module, device, precision)
+                predict_fn = Predictor(run.ema.module, device, precision)
                 metrics = evaluate(predict_fn, val_list, config.image_size, workers=config.workers)
                 row |= {name: value for name, value in metrics.items() if name.startswith(("voc", "coco"))}
             run.log.append(row)

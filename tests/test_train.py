@@ -19,7 +19,7 @@ import train as train_module
 from augment import NO_AUGMENTATION, AugmentConfig
 from create_data_lists import create_data_lists, read_voc
 from datasets import DataList
-from eval import evaluate, make_predict_fn
+from eval import Predictor, evaluate
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint
 from train import (
@@ -267,6 +267,6 @@ def test_it_learns_32_photographs_by_heart(voc_real, in_tmp):
     )
     train(config)
     model = load_checkpoint("runs/lite/last.pth.tar")["model"]
-    metrics = evaluate(make_predict_fn(model, torch.device("cpu"), "fp32"), DataList.load("train.json"))
+    metrics = evaluate(Predictor(model, torch.device("cpu"), "fp32"), DataList.load("train.json"))
     print(f"training AP50 {metrics['voc2007_ap50']:.3f}")
     assert metrics["voc2007_ap50"] >= 0.90
