@@ -6,6 +6,11 @@
 
 A resample draws as many images as there are, with replacement, and scores them. Which detection is right in an image
 does not depend on the other images, so detections are matched once and a resample is only a weight for each image.
+
+Intervals are basic (reversed) ones: AP of few objects comes out too high, of a resample even more so, and what a
+resample adds to the whole is taken off the whole. Of 95 % intervals for lists of 1,000 and 150 images out of VOC2007
+test, with simulated detections, 88 to 92 % and 55 to 67 % held the AP of all 4,952; of plain percentile intervals 13 to
+30 % and 0 to 7 % (benchmarks/metrics.py --coverage). With few objects a class, take them as too narrow.
 """
 
 from dataclasses import dataclass
@@ -102,9 +107,10 @@ def _overlaps(boxes, objects, crowd):
 
 
 def intervals(data_list, matched, samples=1000, seed=0):
-    """{name: (low, high)} of NAMES, 95 % by the percentiles of the resamples; None where there is nothing to score."""
+    """{name: (low, high)} of NAMES, for 95 %; None where there is nothing to score. May reach beyond 0 and 1."""
     scores = resampled(data_list, matched, draw_weights(len(data_list), samples, seed))
-    return {name: _middle(values) for name, values in scores.items()}
+    whole = resampled(data_list, matched, np.ones((1, len(data_list))))
+    return {name: _basic_interval(whole[name][0], values) for name, values in scores.items()}
 
 
 def compare(data_list, one, other, samples=1000, seed=0):
@@ -120,9 +126,10 @@ def compare(data_list, one, other, samples=1000, seed=0):
     for name in NAMES:
         differences = second[name] - first[name]
         known = differences[np.isfinite(differences)]
+        difference = (whole[1][name] - whole[0][name])[0]
         result[name] = {
-            "difference": _or_none((whole[1][name] - whole[0][name])[0]),
-            "interval": _middle(differences),
+            "difference": _or_none(difference),
+            "interval": _basic_interval(difference, differences),
             "better": float((known > 0).mean() + (known == 0).mean() / 2) if len(known) else None,
         }
     return result
@@ -133,9 +140,12 @@ def draw_weights(images, samples, seed=0):
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / max(images, 1)), samples).astype(float)
 
 
-def _middle(values):
+def _basic_interval(whole, values):
     values = values[np.isfinite(values)]
-    return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else None
+    if len(values) == 0:
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(2 * whole - high), float(2 * whole - low)
 
 
 def _or_none(value):

@@ -5,6 +5,10 @@
 
 Detections are simulated: some near objects, most anywhere. In one run: both VOC protocols over all classes against the
 usual loop over detections in Python, COCO's twelve numbers against pycocotools, and five times the size against one.
+
+    python benchmarks/metrics.py ../shared/voc_lists --coverage 150     # images of a list
+
+asks instead how often the 95 % intervals of small lists hold the AP of the large one that they are drawn from.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import intervals
 import metrics
 from datasets import DataList, Strings
 
@@ -34,8 +39,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("lists", nargs="?", help="folder with voc07_test.txt and voc07_test_difficult.txt")
     parser.add_argument("--part", choices=("voc", "voc x 5"), help=argparse.SUPPRESS)  # run in processes of their own
+    parser.add_argument("--coverage", type=int, metavar="IMAGES", help="test intervals of lists of so many images")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.coverage:
+        coverage(read_lists(args.lists), args.coverage)
+        return
     if args.part:
         print(json.dumps(time_voc(read_lists(args.lists), 5 if args.part.endswith("5") else 1)))
         return
@@ -233,6 +242,34 @@ def against_pycocotools(data_list, detections):
         end="",
     )
     print(f"largest difference {worst:.1e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def coverage(data_list, images, lists=60, samples=200):
+    """Prints the share of lists, drawn from the large one, whose interval holds its AP, and how far they are off."""
+    matched = intervals.match(data_list, metrics.rank(data_list, simulate(data_list, per_image=30)))
+    everything = intervals.resampled(data_list, matched, np.ones((1, len(data_list))))
+    rng = np.random.default_rng(0)
+    held = {name: [] for name in intervals.NAMES}
+    for _ in range(lists):
+        chosen = rng.choice(len(data_list), images, replace=False)
+        weights = np.zeros((samples + 1, len(data_list)))
+        weights[0, chosen] = 1  # the list itself
+        weights[1:, chosen] = intervals.draw_weights(images, samples, int(rng.integers(2**31)))
+        for name, scores in intervals.resampled(data_list, matched, weights).items():
+            truth, whole, (low, high) = everything[name][0], scores[0], np.percentile(scores[1:], [2.5, 97.5])
+            basic, plain = 2 * whole - high <= truth <= 2 * whole - low, low <= truth <= high
+            held[name].append((basic, plain, whole - truth, scores[1:].mean() - whole))
+    print(f"{lists} lists of {images} images: share of intervals that hold the whole's AP; off by, in points")
+    for name, rows in held.items():
+        basic, plain, bias, of_resamples = np.mean(rows, axis=0)
+        print(
+            f"{name:14} basic {100 * basic:3.0f} %, plain percentiles {100 * plain:3.0f} %; "
+            f"lists {100 * bias:+.1f}, their resamples {100 * of_resamples:+.1f} more"
+        )
 
 
 if __name__ == "__main__":

@@ -187,8 +187,11 @@ def test_stopped_and_resumed_is_straight_through(drawn, in_tmp, monkeypatch, sto
     assert load_checkpoint("runs/stopped/best.pth.tar")["step"] == load_checkpoint("runs/straight/best.pth.tar")["step"]
 
 
-def start_and_interrupt(folder, arguments, moment, wanted_signal):
-    """Starts train.py as a user would, signals it `moment` seconds after its first line, returns its output."""
+def start_and_interrupt(folder, arguments, moment, wanted_signal, checkpoint=None):
+    """Starts train.py as a user would, signals it `moment` seconds after its first line, returns its output.
+
+    With `checkpoint` the time counts from when that file exists: on a busy machine an epoch may take long.
+    """
     code = f"import torch, sys; torch.set_num_threads(1); sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code, *arguments],
@@ -198,6 +201,8 @@ def start_and_interrupt(folder, arguments, moment, wanted_signal):
         text=True,
     )
     first = process.stdout.readline()
+    while checkpoint and process.poll() is None and not (folder / checkpoint).exists():
+        time.sleep(0.02)
     time.sleep(moment)
     process.send_signal(wanted_signal)
     return first + process.communicate(timeout=120)[0]
@@ -220,7 +225,8 @@ def test_killed_at_any_moment_the_checkpoint_is_whole(drawn, in_tmp):
     arguments = ["--set", *TINY, f"data={drawn}", "name=k", "epochs=1000", "eval_every=1000"]
     steps = [0]
     for kill in range(10):
-        start_and_interrupt(in_tmp, arguments + ["--resume"] * (kill > 0), 2 + 0.37 * kill, signal.SIGKILL)
+        resume = ["--resume"] * (kill > 0)
+        start_and_interrupt(in_tmp, arguments + resume, 1 + 0.37 * kill, signal.SIGKILL, "runs/k/last.pth.tar")
         steps.append(load_checkpoint("runs/k/last.pth.tar")["step"])
     assert steps == sorted(steps)
     assert steps[-1] > steps[1] > 0
