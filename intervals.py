@@ -65,7 +65,7 @@ def match_coco(data_list, ranked):
         objects = np.arange(data_list.first[image], data_list.first[image + 1])
         objects = objects[data_list.labels[objects] == label]
         if len(objects):
-            result[rows] = _match_group(ranked.boxes[rows], data_list, objects)
+            result[rows] = _match_group(ranked.boxes[rows].astype(np.float64), data_list, objects)
     return result
 
 

@@ -72,7 +72,7 @@ class Ranked:
     images: np.ndarray  # (n,) rows of the data list
     labels: np.ndarray  # (n,)
     scores: np.ndarray  # (n,) float64
-    boxes: np.ndarray  # (n, 4) float64
+    boxes: np.ndarray  # (n, 4), as precise as they came
     objects: np.ndarray  # (n,) row of the object of its class and image that it overlaps most, -1 where there is none
     overlaps: np.ndarray  # (n,) IoU with that object
     first: np.ndarray  # (C + 2,): detections of a label are first[label]:first[label + 1]
@@ -94,13 +94,17 @@ def rank(data_list, detections):
     }
     gathered = {name: torch.cat([empty, *(d[name] for d in detections)]).numpy() for name, empty in parts.items()}
     images = np.repeat(np.arange(len(detections)), [len(d["scores"]) for d in detections])
-    scores = gathered["scores"].astype(np.float64)
-    order = np.lexsort((-scores, gathered["labels"]))  # stable
+    # First by label, images still in order, so that what is looked up lies close together; then by score in each label.
+    order = np.argsort(gathered["labels"].astype(np.uint16), kind="stable")
     images, labels = images[order], gathered["labels"][order]
-    boxes = gathered["boxes"][order].astype(np.float64)
+    scores, boxes = gathered["scores"][order].astype(np.float64), gathered["boxes"][order]
     objects, overlaps = best_objects(data_list, images, labels, boxes)
     first = np.searchsorted(labels, np.arange(len(data_list.classes) + 2))
-    return Ranked(images, labels, scores[order], boxes, objects, overlaps, first)
+    by_score = np.concatenate(
+        [begin + np.argsort(-scores[begin:end], kind="stable") for begin, end in zip([0, *first], first, strict=False)]
+    )
+    arrays = (array[by_score] for array in (images, labels, scores, boxes, objects, overlaps))
+    return Ranked(*arrays, first)
 
 
 def best_objects(data_list, images, labels, boxes):
@@ -125,7 +129,9 @@ def best_objects(data_list, images, labels, boxes):
         begins = ends - counts[which]
         place = np.repeat(np.arange(len(which)), counts[which])  # (pairs,): which detection
         candidates = rows[np.repeat(starts[which], counts[which]) + np.arange(ends[-1]) - begins[place]]
-        pair_overlaps = overlap_pairs(boxes[which[place]], data_list.boxes[candidates].astype(np.float64))
+        pair_overlaps = overlap_pairs(
+            boxes[which[place]].astype(np.float64), data_list.boxes[candidates].astype(np.float64)
+        )
         highest = np.maximum.reduceat(pair_overlaps, begins)
         winners = np.flatnonzero(pair_overlaps == highest[place])[::-1]
         first_winner = np.empty(len(which), dtype=int)
@@ -266,7 +272,7 @@ def _coco_truth(data_list):
 def _coco_results(ranked):
     """COCO's result format, with row + 1 as image id and labels as category ids, image after image."""
     order = np.argsort(ranked.images, kind="stable")
-    boxes = ranked.boxes[order]
+    boxes = ranked.boxes[order].astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
     rows = zip(
         (ranked.images[order] + 1).tolist(),
