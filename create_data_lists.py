@@ -79,7 +79,9 @@ def main(argv=None):
             args.voc = [download_voc(name, Path(args.root)) for name in args.download]
         known = None  # classes that the data itself names, with their ids
         if args.voc:
-            found = [read_voc(args.voc, split) for split in args.splits]
+            found = [read_voc(args.voc, split, args.unlabelled) for split in args.splits]
+            if args.unlabelled:
+                known = {name: label for label, name in enumerate(VOC_CLASSES, start=1)}
         elif args.coco:
             found, known = read_coco(args.coco, args.splits, args.images)
         else:
@@ -109,6 +111,9 @@ def parse_args(argv):
         type=Path,
         metavar="FILE",
         help="the classes in label order, one a line; 'vehicle = car, bus' joins",
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="for --voc: images need no annotation, as in VOC's test sets"
     )
     parser.add_argument("--strict", action="store_true", help="write no lists if anything is left out or changed")
     parser.add_argument("--image-size", type=whole_number(1), default=300, help="of the network, for the check (300)")
@@ -174,8 +179,8 @@ def check_split(found, image_size):
 # VOC
 
 
-def read_voc(folders, name):
-    """The images of ImageSets/Main/NAME.txt in VOC folders, those that have it."""
+def read_voc(folders, name, unlabelled=False):
+    """The images of ImageSets/Main/NAME.txt in VOC folders, those that have it; unlabelled: some have no annotation."""
     folders = [Path(folder) for folder in folders]
     for folder in folders:
         for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
@@ -200,16 +205,17 @@ def read_voc(folders, name):
         for image_name, count in Counter(names).items():
             if count > 1:
                 found.problems.append(Problem("image named twice", f"{split_file} names {image_name} {count} times"))
-            found.records.append(partial(read_voc_record, folder, image_name, image_root))
+            found.records.append(partial(read_voc_record, folder, image_name, image_root, unlabelled))
     if not found.records:
         raise DataError(f"split {name!r} is empty: {split_files[0]} names no image")
     return found
 
 
-def read_voc_record(folder, image_name, image_root):
+def read_voc_record(folder, image_name, image_root, unlabelled=False):
     """A Record of Annotations/NAME.xml and the image of the same name; DataError names what is wrong."""
     annotation = folder / "Annotations" / f"{image_name}.xml"
-    size, objects = parse_voc_xml(annotation)
+    without = unlabelled and not annotation.exists()
+    size, objects = (None, []) if without else parse_voc_xml(annotation)
     # By the split's own name for it: <filename> is often wrong in folders that somebody renamed.
     stem = folder / "JPEGImages" / image_name
     path = next((path for ending in IMAGE_ENDINGS if (path := Path(f"{stem}{ending}")).is_file()), None)

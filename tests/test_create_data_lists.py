@@ -231,6 +231,18 @@ def test_several_voc_folders_become_one_list(tmp_path, capsys):
     assert data_list.read_image(1).size == (90, 70)
 
 
+def test_unlabelled_images_can_be_listed(tmp_path):
+    add_image(tmp_path / "voc", "a", [("dog", 1, 1, 50, 50, 0)], split="test")
+    (tmp_path / "voc" / "Annotations" / "a.xml").unlink()
+    arguments = ["--voc", str(tmp_path / "voc"), "--splits", "test", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="no image has an object"):
+        main(arguments)
+    main([*arguments, "--unlabelled"])
+    content = listed(tmp_path / "out", "test")
+    assert (len(content["images"]), content["annotations"]) == (1, [])
+    assert tuple(category["name"] for category in content["categories"]) == VOC_CLASSES
+
+
 def voc_to_coco(voc, split, path):
     """Another way to COCO JSON, by ElementTree: ids that are not 1, 2, 3, boxes as x, y, width, height."""
     ids = {name: 10 * n + 7 for n, name in enumerate(("Platelets", "RBC", "WBC"))}

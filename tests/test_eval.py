@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets import DataList
-from eval import evaluate, main
+from eval import Predictor, evaluate, main, mirror_index
 from model import FPNSSD, ModelConfig, save_checkpoint
 
 
@@ -51,6 +51,68 @@ def test_perfect_answers_score_one(drawn):
     metrics = evaluate(truth, data_list, batch_size=4, workers=0)
     assert metrics["voc2007_ap50"] == metrics["voc2010_ap50"] == 1
     assert metrics["coco_ap"] == pytest.approx(1)
+
+
+def test_detections_are_saved_and_scored_again(checkpoint, drawn, tmp_path, capsys):
+    common = ["--data", str(drawn), "--workers", "0", "--intervals", "50"]
+    saved = ["--save-detections", str(tmp_path / "d.json"), "--voc-files", str(tmp_path / "comp4")]
+    main([str(checkpoint), *common, *saved, "--json", str(tmp_path / "a.json")])
+    main(["--detections", str(tmp_path / "d.json"), *common, "--json", str(tmp_path / "b.json")])
+    first, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    for name in ("per_class", "intervals", "coco_ap", "voc2007_ap50"):
+        assert first[name] == again[name]
+    assert set(first["seconds"]) == {"load", "forward", "decode", "score"}
+    assert len(list((tmp_path / "comp4").glob("comp4_det_val_*.txt"))) == 6
+    capsys.readouterr()
+    main(["--compare", str(tmp_path / "d.json"), str(checkpoint), *common])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all("+0.0  95 %: +0.0 .. +0.0" in line and "no difference is shown" in line for line in lines[1:])
+
+
+def test_bad_detections_are_refused(checkpoint, drawn, tmp_path):
+    (tmp_path / "d.json").write_text('[{"image_id": 99, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}]')
+    with pytest.raises(SystemExit, match=r"^eval: .*d\.json: 1 x unknown image_id.*--skip-bad"):
+        main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn)])
+    main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn), "--skip-bad"])
+
+
+def test_a_list_without_objects_has_no_numbers(checkpoint, drawn, tmp_path, capsys):
+    content = json.loads((drawn / "val.json").read_text())
+    (tmp_path / "test.json").write_text(json.dumps({**content, "annotations": []}))
+    main([str(checkpoint), "--data", str(tmp_path), "--split", "test", "--voc-files", str(tmp_path), "--workers", "0"])
+    assert "no object to score against" in capsys.readouterr().out
+    assert (tmp_path / "comp4_det_test_star.txt").is_file()
+
+
+@pytest.mark.parametrize("image_size", [64, 128, 300])
+def test_mirror_index_mirrors(image_size):
+    priors = FPNSSD(ModelConfig(("a",), "resnet18", image_size=image_size, fpn_channels=16)).priors
+    index = mirror_index(priors)
+    assert torch.equal(index[index], torch.arange(len(priors)))
+    torch.testing.assert_close(priors[index][:, 0], 1 - priors[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(priors[index][:, 1:], priors[:, 1:])
+
+
+def test_flip_of_a_mirrored_image_is_the_mirrored_answer():
+    """With the mean of both views, an image and its mirror image get mirrored detections."""
+    torch.manual_seed(1)
+    model = FPNSSD(ModelConfig(("a", "b"), "resnet18", image_size=64, fpn_channels=16)).eval()
+    for head in model.modules():  # an untrained network says the same everywhere: stir it
+        if isinstance(head, torch.nn.Conv2d):
+            torch.nn.init.normal_(head.weight, std=0.05)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    predict_fn = Predictor(model, torch.device("cpu"), "fp32", flip=True)
+    straight, mirrored = predict_fn(images, [(64, 64)] * 2), predict_fn(images.flip(3), [(64, 64)] * 2)
+    for one, other in zip(straight, mirrored, strict=True):
+        assert len(one["scores"]) > 10
+        torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-4, atol=1e-5)
+        boxes = other["boxes"].clone()
+        boxes[:, [0, 2]] = 64 - boxes[:, [2, 0]]
+        # Equal scores may change places.
+        assert (torch.cdist(one["boxes"], boxes, p=1).min(dim=1).values < 0.05).float().mean() > 0.95
+    plain = Predictor(model, torch.device("cpu"), "fp32")(images, [(64, 64)] * 2)
+    assert not torch.allclose(plain[0]["scores"][:10], straight[0]["scores"][:10], atol=1e-4)
 
 
 def test_no_detection_at_all(checkpoint, drawn, capsys):

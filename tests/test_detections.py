@@ -1,0 +1,103 @@
+"""Detections written and read again, and what is wrong with other people's files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_metrics import make_detections, make_list, random_case
+
+from datasets import DataError, Strings
+from detections import read_coco, write_coco, write_voc
+from metrics import compute_metrics
+
+BOX, OTHER = (10, 10, 110, 110), (150, 150, 250, 250)
+
+
+def small_list():
+    data_list = make_list([[(BOX, 1, False, False)], [(OTHER, 2, False, False)]], 2)
+    data_list.image_ids, data_list.category_ids = np.array([70, 50]), (3, 9)
+    return data_list
+
+
+def write(path, *rows):
+    path.write_text(json.dumps(list(rows)))
+    return path
+
+
+GOOD = {"image_id": 50, "category_id": 9, "bbox": [150, 150, 100, 100], "score": 0.5}
+
+
+def test_own_files_score_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    for case in range(10):
+        objects, found = random_case(rng)
+        data_list, detections = make_list(objects), make_detections(found)
+        for result in detections:  # not on the grid, so that adding widths could round
+            result["boxes"] = result["boxes"] + torch.rand(1) * 0.37
+        write_coco(tmp_path / f"{case}.json", data_list, detections)
+        again, problems = read_coco(tmp_path / f"{case}.json", data_list)
+        assert problems == {}
+        assert compute_metrics(data_list, again) == compute_metrics(data_list, detections)
+
+
+def test_ids_are_the_lists(tmp_path):
+    data_list = small_list()
+    detections = make_detections([[(BOX, 0.75, 2)], [(OTHER, 0.5, 1), (BOX, 0.25, 2)]])
+    write_coco(tmp_path / "d.json", data_list, detections)
+    rows = json.loads((tmp_path / "d.json").read_text())
+    assert [(row["image_id"], row["category_id"], row["score"]) for row in rows] == [
+        (70, 9, 0.75), (50, 3, 0.5), (50, 9, 0.25)
+    ]  # fmt: skip
+    assert rows[0]["bbox"] == [10, 10, 100, 100]
+
+
+def test_detections_come_in_any_order(tmp_path):
+    worse = {**GOOD, "score": 0.25}
+    (_, second), _ = read_coco(write(tmp_path / "d.json", worse, GOOD), small_list())
+    assert second["scores"].tolist() == [0.5, 0.25]
+    assert second["labels"].tolist() == [2, 2]
+    nothing, _ = read_coco(write(tmp_path / "e.json"), small_list())
+    assert [len(result["scores"]) for result in nothing] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"score": math.nan}, "not a finite number"),
+        ({"bbox": [1, 2, math.inf, 4]}, "not a finite number"),
+        ({"bbox": [1, 2, -3, 4]}, "negative width or height"),
+        ({"bbox": [1, 2, 3]}, "bbox is not four numbers"),
+        ({"bbox": ["1", 2, 3, 4]}, "not a dict of image_id"),
+        ({"score": None}, "not a dict of image_id"),
+        ({"image_id": 51}, "unknown image_id"),
+        ({"category_id": 1}, "unknown category_id"),
+    ],
+)
+def test_bad_detections_are_named_or_skipped(tmp_path, change, problem):
+    path = write(tmp_path / "d.json", GOOD, {**GOOD, **change}, GOOD)
+    with pytest.raises(DataError, match=rf"d\.json: 1 x {problem}.*first number 1, .*--skip-bad"):
+        read_coco(path, small_list())
+    (_, second), problems = read_coco(path, small_list(), skip_bad=True)
+    assert len(second["scores"]) == 2
+    assert list(problems.values()) == [1]
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "no JSON"), ("{}", "no list of detections"), ("[1", "no JSON")])
+def test_bad_files_are_named(tmp_path, text, said):
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(DataError, match=rf"d\.json is {said}"):
+        read_coco(tmp_path / "d.json", small_list(), skip_bad=True)
+
+
+def test_voc_files_are_one_based(tmp_path):
+    data_list = small_list()
+    data_list.file_names = Strings.of(["2008_000001.jpg", "VOC2012/JPEGImages/2008_000002.jpg"])
+    detections = make_detections([[((0, 4.5, 20, 30), 0.5, 1)], [(BOX, 0.25, 1)]])
+    write_voc(tmp_path / "comp4", data_list, detections, "test")
+    assert (tmp_path / "comp4" / "comp4_det_test_class1.txt").read_text().splitlines() == [
+        "2008_000001 0.500000 1.000 5.500 20.000 30.000",
+        "2008_000002 0.250000 11.000 11.000 110.000 110.000",
+    ]
+    assert (tmp_path / "comp4" / "comp4_det_test_class2.txt").read_text() == ""
