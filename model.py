@@ -345,10 +345,11 @@ def _suppress_per_class(boxes, scores, labels, max_overlap):
 
     A call per class: adding offsets to keep classes apart (torchvision's batched_nms) rounds float32 boxes.
     """
-    kept = [torch.empty(0, dtype=torch.long, device=boxes.device)]
-    for label in labels.unique().tolist():
-        of_class = (labels == label).nonzero().squeeze(1)
-        kept.append(of_class[nms(boxes[of_class], scores[of_class], max_overlap)])
+    by_label = labels.argsort(stable=True)  # within a label still best first
+    counts = labels.bincount().tolist()
+    parts = zip(by_label.split(counts), boxes[by_label].split(counts), scores[by_label].split(counts), strict=True)
+    kept = [rows[nms(part, part_scores, max_overlap)] for rows, part, part_scores in parts if len(rows)]
+    kept.append(by_label[:0])  # where there is nothing at all
     return torch.cat(kept).sort().values
 
 
