@@ -1,4 +1,4 @@
-"""Trains FPN-SSD: data lists in, runs/NAME/ with last.pth.tar, best.pth.tar, config.json and log.csv out.
+"""Trains FPN-SSD: data lists in, runs/NAME/ with last.pth.tar, best.pth.tar, config.json, log.csv and curves.png out.
 
     python train.py                                   # preset voc2012: data/voc2012, resnet50
     python train.py --data data/vocreal --trunk tf_efficientnet_lite0 --epochs 12 --name lite
@@ -39,6 +39,7 @@ from eval import Predictor, check_same_classes, evaluate, format_table
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
 from pixel_cache import PixelCache
+from report import draw_curves
 from utils import InputError, autocast, explain, pick_device, pick_precision, set_fields, written_whole
 
 
@@ -416,6 +417,8 @@ def train(config, resume=False):
                 run.save("best.pth.tar")
             run.save("last.pth.tar")
             run.write_log()
+            if "coco_ap" in row:
+                draw_curves(folder / "log.csv", folder / "curves.png")
             if stop.wanted:
                 break
     if stop.wanted:
