@@ -142,7 +142,8 @@ def test_a_run_from_lists_to_files(drawn, in_tmp):
     assert load_checkpoint("runs/a/best.pth.tar")["best"] == last["best"]
     assert json.loads(Path("runs/a/config.json").read_text())["fpn_channels"] == 16
     assert {path.name for path in Path("runs/a").iterdir()} == {
-        "last.pth.tar", "best.pth.tar", "config.json", "log.csv", "curves.png", "batch_0.jpg", "batch_1.jpg", "batch_2.jpg"
+        "last.pth.tar", "best.pth.tar", "config.json", "log.csv", "curves.png",
+        "batch_0.jpg", "batch_1.jpg", "batch_2.jpg",
     }  # fmt: skip
     rows = list(csv.DictReader(Path("runs/a/log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
