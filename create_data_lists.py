@@ -350,14 +350,10 @@ def read_coco_file(path, content, split, folder):
             x, y, width, height = box
             flags = bool(entry.get("difficult", 0)), bool(entry.get("iscrowd", 0))
             record.objects.append(RawObject(name, (x, y, x + width, y + height), *flags, entry.get("area"), said))
-    found.records = [partial(_itself, record) for record in records.values()]
+    found.records = [lambda record=record: record for record in records.values()]
     if not found.records:
         raise DataError(f"split {split!r} is empty: {path} lists no image")
     return found, {name: category_id for category_id, name in name_of.items()}
-
-
-def _itself(value):
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

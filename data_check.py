@@ -196,12 +196,13 @@ def check_objects(record, size, image_size):
             problems.append((kind, said))
         if clipped is None:
             continue
-        if seen.get(clipped) == one.name:
+        others = seen.setdefault(clipped, [])
+        if one.name in others:
             problems.append(("object twice", said))
             continue
-        if clipped in seen:
-            problems.append(("two classes on one box", f"{said}, also {seen[clipped]}"))
-        seen[clipped] = one.name
+        if others:
+            problems.append(("two classes on one box", f"{said}, also {', '.join(others)}"))
+        others.append(one.name)
         x0, y0, x1, y1 = clipped
         if min((x1 - x0) / width, (y1 - y0) / height) * image_size < 1:
             problems.append(("box under a pixel at network size", said))

@@ -85,16 +85,25 @@ class DataList:
     def __len__(self):
         return len(self.sizes)
 
+    @property
+    def object_images(self):
+        """(objects,): the row of each object's image."""
+        return np.repeat(np.arange(len(self)), np.diff(self.first))
+
+    def image_id(self, index):
+        """As the file has it: an int, or a string."""
+        image_id = self.image_ids[index]
+        return image_id if isinstance(image_id, str) else int(image_id)
+
     def target(self, index):
         """dict of boxes (n, 4), labels, difficult, crowd (n,), image_id, size (h, w), as numpy arrays."""
         rows = slice(self.first[index], self.first[index + 1])
-        image_id = self.image_ids[index]
         return {
             "boxes": self.boxes[rows],
             "labels": self.labels[rows].astype(np.int64),
             "difficult": self.difficult[rows],
             "crowd": self.crowd[rows],
-            "image_id": image_id if isinstance(image_id, str) else int(image_id),
+            "image_id": self.image_id(index),
             "size": tuple(self.sizes[index].tolist()),
         }
 
@@ -363,7 +372,7 @@ class DetectionDataset(Dataset):
             "labels": torch.from_numpy(objects["labels"]),
             "difficult": torch.from_numpy(objects["difficult"]),
             "crowd": torch.from_numpy(objects["crowd"]),
-            "image_id": self.data_list.target(index)["image_id"],
+            "image_id": self.data_list.image_id(index),
             "size": photograph.size,
         }
 
@@ -396,7 +405,7 @@ def balanced_weights(data_list, power):
     0 is all alike, 0.5 the square root of LVIS (arXiv:1908.03195), 1 full balance. Images without objects count as the
     commonest class.
     """
-    rows = np.repeat(np.arange(len(data_list)), np.diff(data_list.first))[~data_list.crowd]
+    rows = data_list.object_images[~data_list.crowd]
     labels = data_list.labels[~data_list.crowd]
     with_class = np.bincount(np.unique(np.stack([rows, labels]), axis=1)[1], minlength=len(data_list.classes) + 1)
     weight_of = (len(data_list) / with_class.clip(min=1)) ** power

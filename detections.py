@@ -20,7 +20,7 @@ def write_coco(path, data_list, detections):
     """One dict (boxes, scores, labels) an image -> a JSON list of image_id, category_id, bbox (x, y, w, h), score."""
     rows = []
     for index, result in enumerate(detections):
-        image_id = data_list.target(index)["image_id"]
+        image_id = data_list.image_id(index)
         for (x0, y0, x1, y1), score, label in _rows(result):
             box = [x0, y0, x1 - x0, y1 - y0]
             category_id = data_list.category_ids[label - 1]
@@ -58,7 +58,7 @@ def read_coco(path, data_list, skip_bad=False):
         raise DataError(f"{path} is no JSON: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} is no list of detections in COCO's result format, but a {type(rows).__name__}")
-    row_of = {data_list.target(index)["image_id"]: index for index in range(len(data_list))}
+    row_of = {data_list.image_id(index): index for index in range(len(data_list))}
     label_of = {category_id: label for label, category_id in enumerate(data_list.category_ids, start=1)}
     found = [[] for _ in range(len(data_list))]
     problems, first = Counter(), {}

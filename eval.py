@@ -33,7 +33,10 @@ def main(argv=None):
         if args.compare:
             print(format_comparison(args.compare, compare(args.compare, data_list, args)))
             return
-        detections, settings, seconds = obtain(args.detections or args.checkpoint, data_list, args)
+        if args.detections:
+            detections, settings, seconds = obtain_saved(args.detections, data_list, args)
+        else:
+            detections, settings, seconds = obtain(args.checkpoint, data_list, args)
         start = time.perf_counter()
         metrics = compute_metrics(data_list, detections)
         seconds["score"] = time.perf_counter() - start
@@ -42,14 +45,15 @@ def main(argv=None):
             metrics["intervals"] = intervals.intervals(data_list, matched, args.intervals)
         metrics |= {"seconds": seconds, "settings": settings}
         print(format_table(metrics))
-        for path, write in (
-            (args.json, lambda path: write_json(path, metrics)),
-            (args.save_detections, lambda path: write_coco(path, data_list, detections)),
-            (args.voc_files, lambda path: write_voc(path, data_list, detections, args.split)),
-        ):
-            if path:
-                write(path)
-                print(f"wrote {path}")
+        if args.json:
+            with written_whole(args.json) as temporary:
+                Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        if args.save_detections:
+            write_coco(args.save_detections, data_list, detections)
+        if args.voc_files:
+            write_voc(args.voc_files, data_list, detections, args.split)
+        for path in filter(None, (args.json, args.save_detections, args.voc_files)):
+            print(f"wrote {path}")
     except (InputError, OSError) as error:
         sys.exit(f"eval: {explain(error)}")
 
@@ -80,13 +84,16 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def obtain_saved(path, data_list, args):
+    """(detections, settings, seconds by part) of a file of detections."""
+    start = time.perf_counter()
+    detections, problems = read_coco(path, data_list, args.skip_bad)
+    settings = {"detections": str(path), "data_list": data_list.path, "skipped": problems}
+    return detections, settings, {"load": time.perf_counter() - start}
+
+
 def obtain(source, data_list, args):
-    """(detections, settings, seconds by part) of a checkpoint, or of a .json file of detections."""
-    if str(source).endswith(".json"):
-        start = time.perf_counter()
-        detections, problems = read_coco(source, data_list, args.skip_bad)
-        settings = {"detections": str(source), "data_list": data_list.path, "skipped": problems}
-        return detections, settings, {"load": time.perf_counter() - start}
+    """The same of a checkpoint."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     model = load_checkpoint(source)["model"].to(device)
@@ -96,11 +103,6 @@ def obtain(source, data_list, args):
     detections, seconds = predict(predict_fn, data_list, model.config.image_size, args.batch_size, args.workers)
     where = {"device": device.type, "precision": precision}
     return detections, {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}, seconds
-
-
-def write_json(path, metrics):
-    with written_whole(path) as temporary:
-        Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,8 +179,11 @@ def evaluate(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
 
 
 def compare(sources, data_list, args):
-    """intervals.compare of two checkpoints or files of detections, on one list."""
-    matched = [intervals.match(data_list, rank(data_list, obtain(source, data_list, args)[0])) for source in sources]
+    """intervals.compare of two checkpoints or .json files of detections, on one list."""
+    matched = []
+    for source in sources:
+        detections, _, _ = (obtain_saved if source.endswith(".json") else obtain)(source, data_list, args)
+        matched.append(intervals.match(data_list, rank(data_list, detections)))
     return intervals.compare(data_list, *matched, args.intervals or 1000)
 
 

@@ -113,8 +113,7 @@ def best_objects(data_list, images, labels, boxes):
     The first of equals, as the devkit; -1 and 0 where there is no such object.
     """
     num_labels = len(data_list.classes) + 1
-    object_images = np.repeat(np.arange(len(data_list)), np.diff(data_list.first))
-    object_keys = object_images * num_labels + data_list.labels
+    object_keys = data_list.object_images * num_labels + data_list.labels
     rows = np.argsort(object_keys, kind="stable")
     keys = images * num_labels + labels
     starts = np.searchsorted(object_keys[rows], keys, side="left")
@@ -244,7 +243,7 @@ def _without_detections(data_list, per_class):
 
 
 def _coco_truth(data_list):
-    image_rows = np.repeat(np.arange(len(data_list)), np.diff(data_list.first))
+    image_rows = data_list.object_images
     sides = data_list.boxes[:, 2:] - data_list.boxes[:, :2]
     annotations = [
         {

@@ -43,7 +43,7 @@ class PixelCache:
         return PixelCache, (self.path,)
 
     @classmethod
-    def build(cls, data_list, side=0, progress=True):
+    def build(cls, data_list, side=0):
         """The cache of a DataList, made first if it is missing, stale or cut short. InputError says why it cannot be.
 
         side: images whose shorter side is longer are stored shrunk to it; 0 stores them whole. Safe to be killed, and
@@ -63,7 +63,7 @@ class PixelCache:
                 lock.acquire()
             try:
                 if not _fits(path, identity, sizes):
-                    _write(path, data_list, sizes, identity, progress)
+                    _write(path, data_list, sizes, identity)
             finally:
                 lock.release()
         except OSError as error:
@@ -78,10 +78,14 @@ class PixelCache:
     def read(self, index):
         """The image as uint8 (3, H, W), channels last; None, and a warning, if its bytes are not those once written.
 
-        A process checks each image when it first reads it. A damaged file is deleted, for the next run to make anew.
+        A process checks each image when it first reads it. A damaged file is deleted, for the next run to make anew;
+        a process that had not opened it by then gets None for every image.
         """
         offset, width, height, checksum = self.table[index].tolist()
-        data = self._read_at(offset, 3 * width * height)
+        try:
+            data = self._read_at(offset, 3 * width * height)
+        except FileNotFoundError:
+            return None
         if not self._checked[index]:
             if zlib.crc32(data) != checksum:
                 print(f"warning: {self.path} is damaged; decoding instead, it will be made anew", file=sys.stderr)
@@ -152,7 +156,7 @@ def _no_room(path, sizes):
     )
 
 
-def _write(path, data_list, sizes, identity, progress):
+def _write(path, data_list, sizes, identity):
     path.unlink(missing_ok=True)  # stale: its room may be needed
     if shutil.disk_usage(path.parent).free < _total_bytes(sizes):
         raise _no_room(path, sizes)
@@ -175,7 +179,7 @@ def _write(path, data_list, sizes, identity, progress):
             file.write((FORMAT + identity + len(sizes).to_bytes(8, "little")).ljust(HEADER_BYTES, b"\0"))
             file.write(table)
             results = in_threads(decoded, range(len(sizes)))
-            bar = tqdm(results, total=len(sizes), desc="decoding", unit="image", disable=None if progress else True)
+            bar = tqdm(results, total=len(sizes), desc="decoding", unit="image", disable=None)
             for index, (data, checksum) in enumerate(bar):
                 file.write(data)
                 table["checksum"][index] = checksum

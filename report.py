@@ -1,4 +1,4 @@
-"""Pictures of results. So far: the curves of a run.
+"""Pictures of results: the curves of a run.
 
 python report.py runs/lite                        # runs/lite/log.csv -> runs/lite/curves.png
 """

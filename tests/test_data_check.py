@@ -15,8 +15,9 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from create_data_lists import main
-from data_check import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box, unmatched_share
+from data_check import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box, default_priors, unmatched_share
 from datasets import DataList, DetectionDataset
+from model import FPNSSD, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,6 +289,11 @@ def test_bombs_do_not_take_memory(tmp_path):
     assert kinds >= {"annotation with entities", "image too large"}
 
 
+def test_the_priors_are_the_networks():
+    model = FPNSSD(ModelConfig(("a",), "resnet18", fpn_channels=16))
+    assert torch.equal(default_priors(300), model.priors)
+
+
 def test_kinds_are_in_one_table_each():
     assert len(ACTIONS) == len(LEFT_OUT) + len(REPAIRED) + len(NOTED)
 
@@ -309,7 +315,8 @@ def test_boxes_by_hand(box, expected):
 
 def test_unmatched_share_by_the_other_formula():
     """Boxes that are priors match; tiny ones do not; in between, torchvision's IoU over all priors says it."""
-    assert unmatched_share(np.array([[0.45, 0.45, 0.55, 0.55]]), 300) in (0.0, 1.0)
+    # The nearest centre of P3 is half a cell, 1 / 76, off both ways: IoU 0.605 with its prior of 0.1.
+    assert unmatched_share(np.array([[0.45, 0.45, 0.55, 0.55]]), 300) == 0.0
     cell = 1 / 38  # a prior of scale 0.1 around the centre of cell (10, 10) of P3
     x = 10.5 * cell
     assert unmatched_share(np.array([[x - 0.05, x - 0.05, x + 0.05, x + 0.05]]), 300) == 0.0

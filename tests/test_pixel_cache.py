@@ -223,3 +223,12 @@ def test_two_builds_at_once(tmp_path, rounds):
         assert [process.exitcode for process in processes] == [0, 0]
         assert same_as_decoding(data_list, PixelCache(cache_path(data_list, 0)))
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_file_that_is_gone_means_decoding(tmp_path):
+    """Another worker found it damaged and deleted it, before this one had opened it."""
+    data_list = make_list(tmp_path)
+    cache = PixelCache.build(data_list)
+    cache_path(data_list, 0).unlink()
+    assert cache.read(0) is None
+    assert same_as_decoding(data_list, cache)
