@@ -261,7 +261,9 @@ def parse_voc_xml(path):
         # xmax == xmin is one pixel to VOC, which has no such box, and nothing to tools with exclusive corners.
         edges = (xmin - (xmax > xmin), ymin - (ymax > ymin), xmax, ymax)
         difficult = (element.findtext("difficult") or "0").strip() == "1"
-        objects.append(RawObject(name, edges, difficult, said=f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"))
+        truncated = {"0": False, "1": True}.get((element.findtext("truncated") or "").strip())
+        said = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
+        objects.append(RawObject(name, edges, difficult, said=said, truncated=truncated))
     return None if size is None else (number(size, "height"), number(size, "width")), objects
 
 
@@ -349,7 +351,9 @@ def read_coco_file(path, content, split, folder):
         else:
             x, y, width, height = box
             flags = bool(entry.get("difficult", 0)), bool(entry.get("iscrowd", 0))
-            record.objects.append(RawObject(name, (x, y, x + width, y + height), *flags, entry.get("area"), said))
+            truncated = None if entry.get("truncated") is None else bool(entry["truncated"])
+            edges = (x, y, x + width, y + height)
+            record.objects.append(RawObject(name, edges, *flags, entry.get("area"), said, truncated))
     found.records = [lambda record=record: record for record in records.values()]
     if not found.records:
         raise DataError(f"split {split!r} is empty: {path} lists no image")
@@ -500,6 +504,8 @@ def to_coco(split, classes):
                 "iscrowd": int(one.crowd),
                 "difficult": int(one.difficult),
             }
+            if one.truncated is not None:
+                annotation["truncated"] = int(one.truncated)
             annotations.append(annotation)
     return {
         "info": {"image_root": str(split.image_root.resolve()), "split": split.name},

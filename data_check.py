@@ -84,6 +84,7 @@ class RawObject(NamedTuple):
     crowd: bool = False
     area: float | None = None  # in pixels, where it is not the box's
     said: str = ""  # the annotation's own words for the box
+    truncated: bool | None = None  # cut off by the edge or by something in front; None where nobody said
 
 
 @dataclass

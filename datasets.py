@@ -32,6 +32,7 @@ from utils import InputError, class_colour, explain, set_fields, whole_number, w
 
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+ARRAYS_VERSION = 2  # of the fields that such a file holds (see DataList)
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
 
 
@@ -80,6 +81,8 @@ class DataList:
     labels: np.ndarray  # (objects,) int32, 1..C
     difficult: np.ndarray  # (objects,) bool
     crowd: np.ndarray  # (objects,) bool
+    areas: np.ndarray | None = None  # (objects,) float32, square pixels; None where they are the boxes' areas
+    truncated: np.ndarray | None = None  # (objects,) int8: 1, 0, or -1 where it is not known; None if it never is
     arrays_file: Path | None = None  # where the arrays are mapped from, if they are
 
     def __len__(self):
@@ -89,6 +92,17 @@ class DataList:
     def object_images(self):
         """(objects,): the row of each object's image."""
         return np.repeat(np.arange(len(self)), np.diff(self.first))
+
+    @property
+    def counted(self):
+        """(objects,) bool: neither difficult nor a crowd, so that finding it counts and missing it too."""
+        return ~(self.difficult | self.crowd)
+
+    @property
+    def object_areas(self):
+        """(objects,) square pixels: the file's own, as those of COCO's outlines, or the boxes'."""
+        sides = self.boxes[:, 2:] - self.boxes[:, :2]
+        return sides.prod(axis=1) if self.areas is None else self.areas
 
     def image_id(self, index):
         """As the file has it: an int, or a string."""
@@ -189,6 +203,10 @@ class DataList:
         def column(values, dtype):
             return np.fromiter(values, dtype, len(objects))[order]
 
+        box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        areas = column((entry.get("area", np.nan) for entry in objects), np.float32)
+        areas = np.where(np.isnan(areas), box_areas, areas)
+        truncated = column((entry.get("truncated", -1) for entry in objects), np.int8)
         return cls(
             path=str(path),
             # An image root that is no absolute path is meant from where the list lies.
@@ -204,11 +222,13 @@ class DataList:
             labels=column((label_of[entry["category_id"]] for entry in objects), np.int32),
             difficult=column((entry.get("difficult", 0) for entry in objects), bool),
             crowd=column((entry.get("iscrowd", 0) for entry in objects), bool),
+            areas=None if np.allclose(areas, box_areas, rtol=1e-3) else areas,
+            truncated=truncated if (truncated >= 0).any() else None,
         )
 
     def _write_arrays(self, arrays_file, content_hash):
         root, beside = self.image_root, arrays_file.parent
-        content = {"content_hash": content_hash}
+        content = {"version": ARRAYS_VERSION, "content_hash": content_hash}
         content["image_root"] = str(root.relative_to(beside) if root.is_relative_to(beside) else root)
         content |= {"classes": list(self.classes), "category_ids": list(self.category_ids)}
         for name, value in vars(self).items():
@@ -248,7 +268,8 @@ class DataList:
 def _stored_hash(arrays_file):
     """The hash of the JSON that an arrays file was made of; None where there is no such file, or no whole one."""
     try:
-        return torch.load(arrays_file, mmap=True, weights_only=True)["content_hash"]
+        content = torch.load(arrays_file, mmap=True, weights_only=True)
+        return content["content_hash"] if content["version"] == ARRAYS_VERSION else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
         return None
 

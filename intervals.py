@@ -38,8 +38,7 @@ class Matched:
 
 def match(data_list, ranked):
     """Ranked detections -> Matched."""
-    voc = np.concatenate([match_voc(data_list, ranked, label) for label in range(len(data_list.classes) + 1)])
-    return Matched(ranked, voc, match_coco(data_list, ranked))
+    return Matched(ranked, match_voc(data_list, ranked), match_coco(data_list, ranked))
 
 
 def match_coco(data_list, ranked):
@@ -72,7 +71,7 @@ def match_coco(data_list, ranked):
 
 def _match_group(boxes, data_list, objects):
     """(detections, 10) int8 for the detections and objects of one class in one image."""
-    ignored = (data_list.difficult | data_list.crowd)[objects]
+    ignored = ~data_list.counted[objects]
     objects = objects[np.argsort(ignored, kind="stable")]
     ignored, crowd = np.sort(ignored), data_list.crowd[objects]
     # With a crowd, the share of the detection that lies in it.
@@ -156,10 +155,9 @@ def resampled(data_list, matched, weights):
     Means over the classes that have objects in the resample; NaN where none has.
     """
     object_images = data_list.object_images
-    counted = ~data_list.difficult & ~data_list.crowd
     scores = {name: [] for name in NAMES}
     for label in range(1, len(data_list.classes) + 1):
-        objects = np.bincount(object_images[counted & (data_list.labels == label)], minlength=len(data_list))
+        objects = np.bincount(object_images[data_list.counted & (data_list.labels == label)], minlength=len(data_list))
         if objects.sum():
             of_class = _resampled_class(matched, label, objects, weights)
             for name in NAMES:

@@ -22,33 +22,39 @@ COCO_NAMES = (
 MOST_PAIRS = 2_000_000  # of a detection and an object that are compared at a time
 
 
-def compute_metrics(data_list, detections):
+def compute_metrics(data_list, detections, voc_overlaps=(0.5,)):
     """All protocols. detections: one dict (boxes, scores, labels; tensors) an image, in the data list's order.
 
-    Returns numbers in 0..1 by name and per_class, a dict of such dicts; None where there is nothing to score against
-    (a class without objects, a size that no object has). Means are over classes that have objects.
+    Returns numbers in 0..1 by name (voc2007_ap50 is at IoU 0.5; voc_overlaps says at which VOC is scored) and
+    per_class, a dict of such dicts; None where there is nothing to score against (a class without objects, a size that
+    no object has). Means are over classes that have objects.
     """
-    if len(detections) != len(data_list):
-        raise ValueError(f"{len(detections)} sets of detections for {len(data_list)} images of {data_list.path}")
-    ranked = rank(data_list, detections)
+    return score(data_list, rank(data_list, detections), voc_overlaps)
+
+
+def score(data_list, ranked, voc_overlaps=(0.5,)):
+    """compute_metrics for detections that are ranked already."""
     coco, coco_per_class = coco_metrics(data_list, ranked)
+    statuses = {min_overlap: match_voc(data_list, ranked, min_overlap) for min_overlap in voc_overlaps}
     per_class = {}
     for label, name in enumerate(data_list.classes, start=1):
         of_class = data_list.labels == label
-        counted = of_class & ~data_list.difficult & ~data_list.crowd
-        found = match_voc(data_list, ranked, label)
-        found = found[found >= 0] == 1
+        num_objects = int((of_class & data_list.counted).sum())
+        voc = {}
+        for min_overlap, status in statuses.items():
+            is_true = is_true_of(status[ranked.of(label)])
+            voc[voc_name(2007, min_overlap)] = voc2007_ap(is_true, num_objects)
+            voc[voc_name(2010, min_overlap)] = voc2010_ap(is_true, num_objects)
         per_class[name] = {
-            "objects": int(counted.sum()),
-            "difficult": int((of_class & ~counted).sum()),
+            "objects": num_objects,
+            "difficult": int(of_class.sum()) - num_objects,
             "detections": ranked.of(label).stop - ranked.of(label).start,
-            "voc2007_ap50": voc2007_ap(found, int(counted.sum())),
-            "voc2010_ap50": voc2010_ap(found, int(counted.sum())),
+            **voc,
             **coco_per_class[name],
         }
+    names = [voc_name(year, min_overlap) for min_overlap in voc_overlaps for year in (2007, 2010)]
     return {
-        "voc2007_ap50": _mean(row["voc2007_ap50"] for row in per_class.values()),
-        "voc2010_ap50": _mean(row["voc2010_ap50"] for row in per_class.values()),
+        **{name: mean_of_known(row[name] for row in per_class.values()) for name in names},
         **coco,
         "images": len(data_list),
         "objects": sum(row["objects"] for row in per_class.values()),
@@ -56,7 +62,13 @@ def compute_metrics(data_list, detections):
     }
 
 
-def _mean(values):
+def voc_name(year, min_overlap):
+    """2007, 0.5 -> "voc2007_ap50"."""
+    return f"voc{year}_ap{100 * min_overlap:g}"
+
+
+def mean_of_known(values):
+    """The mean of those that are not None; None if all are."""
     values = [value for value in values if value is not None]
     return float(np.mean(values)) if values else None
 
@@ -87,6 +99,8 @@ class Ranked:
 
 def rank(data_list, detections):
     """One dict (boxes, scores, labels; tensors) an image -> Ranked."""
+    if len(detections) != len(data_list):
+        raise ValueError(f"{len(detections)} sets of detections for {len(data_list)} images of {data_list.path}")
     parts = {
         "boxes": torch.zeros(0, 4),
         "scores": torch.zeros(0),
@@ -107,15 +121,17 @@ def rank(data_list, detections):
     return Ranked(*arrays, first)
 
 
-def best_objects(data_list, images, labels, boxes):
+def best_objects(data_list, images, labels, boxes, of_other_classes=False):
     """For each of n detections the row of the object of its image and class that it overlaps most, and the IoU.
 
-    The first of equals, as the devkit; -1 and 0 where there is no such object.
+    The first of equals, as the devkit; -1 and 0 where there is no such object. of_other_classes: of its image and any
+    class but its own.
     """
     num_labels = len(data_list.classes) + 1
-    object_keys = data_list.object_images * num_labels + data_list.labels
+    object_keys, keys = data_list.object_images, images
+    if not of_other_classes:
+        object_keys, keys = object_keys * num_labels + data_list.labels, keys * num_labels + labels
     rows = np.argsort(object_keys, kind="stable")
-    keys = images * num_labels + labels
     starts = np.searchsorted(object_keys[rows], keys, side="left")
     counts = np.searchsorted(object_keys[rows], keys, side="right") - starts
     best, overlaps = np.full(len(boxes), -1), np.zeros(len(boxes))
@@ -131,11 +147,14 @@ def best_objects(data_list, images, labels, boxes):
         pair_overlaps = overlap_pairs(
             boxes[which[place]].astype(np.float64), data_list.boxes[candidates].astype(np.float64)
         )
+        if of_other_classes:
+            pair_overlaps[data_list.labels[candidates] == labels[which[place]]] = -1
         highest = np.maximum.reduceat(pair_overlaps, begins)
         winners = np.flatnonzero(pair_overlaps == highest[place])[::-1]
         first_winner = np.empty(len(which), dtype=int)
         first_winner[place[winners]] = winners  # the last one written is the first of equals
-        best[which], overlaps[which] = candidates[first_winner], highest
+        there = highest >= 0
+        best[which[there]], overlaps[which[there]] = candidates[first_winner[there]], highest[there]
     return best, overlaps
 
 
@@ -152,17 +171,21 @@ def overlap_pairs(a, b):
 # VOC
 
 
-def match_voc(data_list, ranked, label, min_overlap=0.5):
-    """(n,) for the detections of a label, best first: 1 right, 0 wrong, -1 ignored: on a difficult one or a crowd."""
-    rows = ranked.of(label)
-    claims = np.where(ranked.overlaps[rows] >= min_overlap, ranked.objects[rows], -1)
-    ignored = np.append(data_list.difficult | data_list.crowd, False)[claims]  # -1 is the one appended
+def match_voc(data_list, ranked, min_overlap=0.5):
+    """(n,) int8 for Ranked detections: 1 right, 0 wrong, -1 ignored: on a difficult object or a crowd."""
+    claims = np.where(ranked.overlaps >= min_overlap, ranked.objects, -1)
+    ignored = np.append(~data_list.counted, False)[claims]  # -1 is the one appended
     # The best detection of an object finds it; later ones are false.
     objects, first_claim = np.unique(claims, return_index=True)
     result = np.zeros(len(claims), dtype=np.int8)
     result[first_claim[objects >= 0]] = 1
     result[ignored] = -1
     return result
+
+
+def is_true_of(status):
+    """Bool, without the ignored ones."""
+    return status[status >= 0] == 1
 
 
 def precision_curve(is_true):
@@ -230,9 +253,7 @@ def _or_none(value):
 
 
 def _without_detections(data_list, per_class):
-    counted = ~(data_list.difficult | data_list.crowd)
-    sides = data_list.boxes[:, 2:] - data_list.boxes[:, :2]
-    areas = sides.prod(axis=1)
+    counted, areas = data_list.counted, data_list.object_areas
     ranges = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
     any_of = {size: (counted & (areas >= low) & (areas <= high)).any() for size, (low, high) in ranges.items()}
     numbers = {name: 0.0 if any_of.get(name.split("_")[-1], counted.any()) else None for name in COCO_NAMES}
@@ -243,7 +264,7 @@ def _without_detections(data_list, per_class):
 
 
 def _coco_truth(data_list):
-    image_rows = data_list.object_images
+    image_rows, areas = data_list.object_images, data_list.object_areas
     sides = data_list.boxes[:, 2:] - data_list.boxes[:, :2]
     annotations = [
         {
@@ -252,7 +273,7 @@ def _coco_truth(data_list):
             "category_id": int(data_list.labels[row]),
             "bbox": [*data_list.boxes[row, :2].tolist(), *sides[row].tolist()],
             # `ignore` would be overwritten by COCO's scoring, and `iscrowd` forgives any box inside.
-            "area": DIFFICULT_AREA if data_list.difficult[row] else float(sides[row].prod()),
+            "area": DIFFICULT_AREA if data_list.difficult[row] else float(areas[row]),
             "iscrowd": int(data_list.crowd[row]),
         }
         for row in range(len(data_list.boxes))

@@ -144,11 +144,11 @@ def repeat_list(data_list, times):
 def voc_both(data_list, detections):
     """Both VOC protocols over all classes: {label: (voc2007, voc2010)}."""
     ranked = metrics.rank(data_list, detections)
-    counted = ~data_list.difficult & ~data_list.crowd
+    status = metrics.match_voc(data_list, ranked)
     scores = {}
     for label in range(1, len(data_list.classes) + 1):
-        found = metrics.match_voc(data_list, ranked, label)
-        found, objects = found[found >= 0] == 1, int((counted & (data_list.labels == label)).sum())
+        found = metrics.is_true_of(status[ranked.of(label)])
+        objects = int((data_list.counted & (data_list.labels == label)).sum())
         scores[label] = (metrics.voc2007_ap(found, objects), metrics.voc2010_ap(found, objects))
     return scores
 
