@@ -2,6 +2,7 @@
 
     python eval.py                                    # the default checkpoint on data/voc2012, split val
     python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
+    python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
     python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
     python eval.py --detections detections.json --data data/vocreal       # anybody's, in COCO's result format
     python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,8 +23,9 @@ from tqdm import tqdm
 import intervals
 from datasets import DataError, DataList, DetectionDataset, make_loader
 from detections import read_coco, write_coco, write_voc
-from metrics import compute_metrics, rank
+from metrics import compute_metrics, rank, score
 from model import DEFAULT_CHECKPOINT, load_checkpoint, postprocess
+from report import write_report
 from utils import InputError, autocast, explain, pick_device, pick_precision, whole_number, written_whole
 
 
@@ -34,17 +37,19 @@ def main(argv=None):
             print(format_comparison(args.compare, compare(args.compare, data_list, args)))
             return
         if args.detections:
-            detections, settings, seconds = obtain_saved(args.detections, data_list, args)
+            detections, told = obtain_saved(args.detections, data_list, args)
         else:
-            detections, settings, seconds = obtain(args.checkpoint, data_list, args)
+            detections, told = obtain(args.checkpoint, data_list, args)
         start = time.perf_counter()
-        metrics = compute_metrics(data_list, detections)
-        seconds["score"] = time.perf_counter() - start
+        ranked = rank(data_list, detections)
+        metrics = score(data_list, ranked, sorted({0.5, *args.voc_overlaps})) | told
+        metrics["seconds"]["score"] = time.perf_counter() - start
         if args.intervals:
-            matched = intervals.match(data_list, rank(data_list, detections))
+            matched = intervals.match(data_list, ranked)
             metrics["intervals"] = intervals.intervals(data_list, matched, args.intervals)
-        metrics |= {"seconds": seconds, "settings": settings}
         print(format_table(metrics))
+        if args.report:
+            write_report(args.report, data_list, ranked, metrics)
         if args.json:
             with written_whole(args.json) as temporary:
                 Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
@@ -52,7 +57,7 @@ def main(argv=None):
             write_coco(args.save_detections, data_list, detections)
         if args.voc_files:
             write_voc(args.voc_files, data_list, detections, args.split)
-        for path in filter(None, (args.json, args.save_detections, args.voc_files)):
+        for path in filter(None, (args.report, args.json, args.save_detections, args.voc_files)):
             print(f"wrote {path}")
     except (InputError, OSError) as error:
         sys.exit(f"eval: {explain(error)}")
@@ -69,6 +74,8 @@ def parse_args(argv):
     parser.add_argument("--data", default="data/voc2012", help="folder of data lists")
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
+    parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoUs at which VOC is scored")
+    parser.add_argument("--report", metavar="FILE", help="gets the numbers as a web page with charts and pictures")
     parser.add_argument("--json", metavar="FILE", help="gets the numbers")
     parser.add_argument("--save-detections", metavar="FILE", help="gets the detections in COCO's result format")
     parser.add_argument("--voc-files", metavar="FOLDER", help="gets comp4_det_SPLIT_CLASS.txt for VOC's server")
@@ -85,24 +92,27 @@ def parse_args(argv):
 
 
 def obtain_saved(path, data_list, args):
-    """(detections, settings, seconds by part) of a file of detections."""
+    """(detections, dict of settings and seconds) of a file of detections."""
     start = time.perf_counter()
     detections, problems = read_coco(path, data_list, args.skip_bad)
     settings = {"detections": str(path), "data_list": data_list.path, "skipped": problems}
-    return detections, settings, {"load": time.perf_counter() - start}
+    return detections, {"settings": settings, "seconds": {"load": time.perf_counter() - start}}
 
 
 def obtain(source, data_list, args):
-    """The same of a checkpoint."""
+    """The same of a checkpoint, with its configuration."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    model = load_checkpoint(source)["model"].to(device)
+    checkpoint = load_checkpoint(source)
+    model = checkpoint["model"].to(device)
     check_same_classes(model.config.classes, data_list, source)
     knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k, "flip": args.flip}
     predict_fn = Predictor(model, device, precision, **knobs)
     detections, seconds = predict(predict_fn, data_list, model.config.image_size, args.batch_size, args.workers)
     where = {"device": device.type, "precision": precision}
-    return detections, {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}, seconds
+    settings = {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}
+    configuration = {"model": asdict(model.config), "training": checkpoint.get("train_config", {})}
+    return detections, {"settings": settings, "seconds": seconds, "configuration": configuration}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +192,7 @@ def compare(sources, data_list, args):
     """intervals.compare of two checkpoints or .json files of detections, on one list."""
     matched = []
     for source in sources:
-        detections, _, _ = (obtain_saved if source.endswith(".json") else obtain)(source, data_list, args)
+        detections, _ = (obtain_saved if source.endswith(".json") else obtain)(source, data_list, args)
         matched.append(intervals.match(data_list, rank(data_list, detections)))
     return intervals.compare(data_list, *matched, args.intervals or 1000)
 

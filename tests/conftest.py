@@ -1,12 +1,15 @@
 """What several test files build on: where the real photographs are, and a small data set drawn once."""
 
+import os
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from create_data_lists import create_data_lists, read_voc
 from synthetic import draw_dataset
 
+CHROMIUM = "/usr/bin/chromium"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -35,3 +38,17 @@ def drawn(tmp_path_factory):
     draw_dataset(folder / "voc", {"train": 12, "val": 6}, seed=3)
     create_data_lists([read_voc([folder / "voc"], split) for split in ("train", "val")], folder)
     return folder
+
+
+@pytest.fixture(scope="module")  # a loader's worker that outlives its test would hold the browser's pipes open
+def browser():
+    """Debian's Chromium without a window. Where it is missing the test skips; in CI it fails."""
+    if not Path(CHROMIUM).is_file():
+        if os.environ.get("CI"):
+            pytest.fail(f"{CHROMIUM} is missing: .ci/run installs it")
+        pytest.skip(f"no {CHROMIUM} here (Debian: apt-get install chromium)")
+    arguments = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()

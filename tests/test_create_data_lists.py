@@ -68,6 +68,19 @@ def test_voc_boxes_become_continuous(tmp_path):
     assert set(problems(tmp_path)) == {"class without objects"}
 
 
+def test_truncation_is_kept_where_somebody_said(tmp_path):
+    add_image(
+        tmp_path / "voc", "a", [("dog", 1, 11, 100, 80, 1), ("cat", 1, 3, 40, 50, 0), ("cow", 1, 3, 50, 60, None)]
+    )
+    path = tmp_path / "voc" / "Annotations" / "a.xml"
+    text = path.read_text().replace("<difficult>1", "<truncated>1</truncated><difficult>1")
+    path.write_text(text.replace("<difficult>0", "<truncated>0</truncated><difficult>0"))
+    list_voc(tmp_path / "voc", ["train"], tmp_path)
+    assert [entry.get("truncated") for entry in listed(tmp_path)["annotations"]] == [1, 0, None]
+    main(["--coco", str(tmp_path / "train.json"), "--splits", "train", "--out", str(tmp_path / "again")])
+    assert DataList.load(tmp_path / "again" / "train.json").truncated.tolist() == [1, 0, -1]
+
+
 def test_other_classes_are_sorted_over_all_splits(tmp_path, capsys):
     add_image(tmp_path / "voc", "a", [("zebra", 1, 1, 50, 50, 0)])
     add_image(tmp_path / "voc", "b", [("ant", 1, 1, 50, 50, 0), ("dog", 1, 1, 50, 50, 0)], split="val")

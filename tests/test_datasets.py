@@ -118,6 +118,8 @@ def test_strings_are_a_list():
 
 def same_lists(a, b):
     assert (a.classes, a.category_ids, a.image_root) == (b.classes, b.category_ids, b.image_root)
+    np.testing.assert_array_equal(a.areas, b.areas)
+    np.testing.assert_array_equal(a.truncated, b.truncated)
     for index in range(len(a)):
         one, other = a.target(index), b.target(index)
         assert a.image_path(index) == b.image_path(index)
@@ -130,10 +132,12 @@ def same_lists(a, b):
 def test_arrays_of_a_large_list_are_kept_and_mapped(tmp_path, monkeypatch, ids):
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 10, "height": 20} for i in ids]
     path = write_list(tmp_path / "x.json", images=images, annotations=[
-        {"id": 1, "image_id": ids[0], "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 1},
-        {"id": 2, "image_id": ids[1], "category_id": 1, "bbox": [0, 2, 3, 4], "difficult": 1},
+        {"id": 1, "image_id": ids[0], "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 1, "area": 7.5},
+        {"id": 2, "image_id": ids[1], "category_id": 1, "bbox": [0, 2, 3, 4], "difficult": 1, "truncated": 1},
     ])  # fmt: skip
     parsed = DataList.load(path)
+    assert parsed.object_areas.tolist() == [7.5, 12]
+    assert parsed.truncated.tolist() == [-1, 1]
     monkeypatch.setattr(datasets, "ARRAYS_FROM", 0)
     same_lists(parsed, DataList.load(path))  # makes the file
     monkeypatch.setattr(DataList, "_from_json", None)  # and now it has to do without parsing
@@ -155,6 +159,9 @@ def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
     write_list(path)
     (tmp_path / "x.arrays").write_bytes(b"rubbish")
     assert len(DataList.load(path).boxes) == 1
+    monkeypatch.setattr(datasets, "ARRAYS_VERSION", 3)  # a file of the version before is of no use to this one
+    monkeypatch.setattr(DataList, "_from_arrays", lambda path, images, arrays_file: torch.load(arrays_file)["version"])
+    assert DataList.load(path) == 3
     (tmp_path / "x.arrays").unlink()
     (tmp_path / "x.arrays").mkdir()  # where no file can be written
     assert len(DataList.load(path, images="/photos").boxes) == 1

@@ -47,7 +47,7 @@ ONE_OF_EACH = [
     ),
     pytest.param([(BOX, 1)], [(SHIFTED, 0.9, 1)], "location", 0, 1, id="location"),
     # Misplaced, with one right ahead of it: precision 1 at recall 1/2 before, at recall 1 after.
-    pytest.param([(BOX, 1), (OTHER, 1)], [(OTHER, 0.9, 1), (SHIFTED, 0.5, 1)], "location", 1 / 2, 1, id="location, 2nd"),
+    pytest.param([(BOX, 1), (OTHER, 1)], [(OTHER, 0.9, 1), (SHIFTED, 0.5, 1)], "location", 1 / 2, 1, id="location 2"),
     # Class 1: not found. Class 2: one false ahead of one right, 1/2; without it 1. "Both" cannot be made right.
     pytest.param(
         [(BOX, 1), (OTHER, 2)],

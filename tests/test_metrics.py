@@ -211,6 +211,23 @@ def pycocotools_numbers(objects, detections):
     return [None if value < 0 else value for value in evaluation.stats]
 
 
+def test_sizes_are_those_of_the_outlines_where_the_file_has_them():
+    """A box of 100 x 100 whose outline covers 500 pixels is small to COCO."""
+    data_list = make_list([[(BOX, 1, False, False)]])
+    detections = make_detections([[(BOX, 0.9, 1)]])
+    assert [compute_metrics(data_list, detections)[f"coco_ap_{size}"] for size in ("small", "large")] == [None, 1]
+    data_list.areas = np.array([500], dtype=np.float32)
+    assert [compute_metrics(data_list, detections)[f"coco_ap_{size}"] for size in ("small", "large")] == [1, None]
+    assert compute_metrics(data_list, make_detections([[]]))["coco_ap_small"] == 0
+
+
+def test_voc_at_other_overlaps():
+    data_list = make_list([[((0, 0, 100, 100), 1, False, False)]])
+    metrics = compute_metrics(data_list, make_detections([[((0, 0, 100, 60), 0.9, 1)]]), (0.5, 0.6, 0.61, 0.75))
+    assert [metrics[f"voc2010_ap{name}"] for name in (50, 60, 61, 75)] == [1, 1, 0, 0]
+    assert metrics["per_class"]["class1"]["voc2007_ap75"] == 0
+
+
 @pytest.mark.parametrize("cases", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_random_cases_against_the_references(cases):
     rng = np.random.default_rng(0)

@@ -266,6 +266,26 @@ def test_postprocess_equals_decoding_without_cap(cases, first_candidates, monkey
             assert all(torch.equal(alone[name], results[i][name]) for name in alone)
 
 
+@pytest.mark.parametrize("kind", ["untrained", "sure", "all equal", "ties", "one place"])
+def test_postprocess_of_a_whole_network_equals_one_round_over_all_candidates(kind, monkeypatch):
+    """At full size, 8,748 priors and 20 classes, where the plain loop would take hours."""
+    generator = torch.Generator().manual_seed(1)
+    priors = make_priors(ModelConfig(("a",)), [(side, side) for side in (38, 19, 10, 5, 3, 2, 1)])
+    offsets = torch.randn(1, len(priors), 4, generator=generator)
+    logits = torch.randn(1, len(priors), 21, generator=generator) * (8 if kind == "sure" else 0.1)
+    if kind == "all equal":
+        logits = torch.zeros_like(logits)
+    elif kind == "ties":
+        logits = logits.mul(20).round()
+    elif kind == "one place":  # thousands of boxes that overlap: 20 survive, and all have to be looked at
+        offsets = encode_boxes(torch.tensor([0.5, 0.5, 0.4, 0.4]).expand(len(priors), 4), priors)[None]
+    capped = postprocess(offsets, logits, priors, [(375, 500)])
+    monkeypatch.setattr(model_module, "FIRST_CANDIDATES", 10**9)
+    everything = postprocess(offsets, logits, priors, [(375, 500)])
+    assert len(everything[0]["scores"]) == (20 if kind == "one place" else 200)
+    assert all(torch.equal(capped[0][name], everything[0][name]) for name in capped[0])
+
+
 def test_nothing_above_min_score():
     offsets, logits, priors = next(decoding_cases(1, 10))
     (result, _) = postprocess(offsets, logits, priors, [(10, 10)] * 2, min_score=1.0)

@@ -1,10 +1,18 @@
-"""The curves show what the log holds."""
+"""The curves show what the log holds; a report holds everything, needs no network and fits the screen."""
+
+import re
 
 import pytest
+import torch
 from PIL import Image
+from test_metrics import make_detections, make_list
 
-from report import draw_curves, main, read_log
+from datasets import DataList
+from metrics import rank, score
+from report import draw_curves, main, read_log, view_around, write_report
 from utils import InputError
+
+TOLD = {"settings": {"detections": "made <b>up</b>.json", "device": "cpu"}, "seconds": {"load": 1.0}}
 
 LOG = """epoch,step,lr,loss_box,loss_class,images_per_s,seconds,voc2007_ap50,coco_ap
 1,3,0.001,2.5,5.5,9,1,,
@@ -40,3 +48,101 @@ def test_bad_logs_are_named(tmp_path):
         draw_curves(tmp_path / "log.csv", tmp_path / "curves.png")
     with pytest.raises(SystemExit, match=r"nowhere"):
         main([str(tmp_path / "nowhere")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@pytest.fixture(scope="module")
+def report(drawn, tmp_path_factory):
+    """The report of half of the objects of a drawn list, a wrong class, a wrong place, and nothing at all."""
+    data_list = DataList.load(drawn / "val.json")
+    detections = []
+    for index in range(len(data_list)):
+        target = data_list.target(index)
+        boxes = torch.tensor(target["boxes"])[::2]
+        labels = torch.tensor(target["labels"])[::2]
+        labels[: index % 2] = 1
+        boxes[-1:] += 10.0 * (index % 3)
+        detections.append({"boxes": boxes, "scores": torch.linspace(0.9, 0.3, len(boxes)), "labels": labels})
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    ranked = rank(data_list, detections)
+    metrics = score(data_list, ranked) | TOLD | {"intervals": {"coco_ap": (0.123, 0.456)}}
+    write_report(path, data_list, ranked, metrics)
+    return path, metrics
+
+
+def test_a_report_holds_everything_in_one_file(report):
+    path, metrics = report
+    html = path.read_text()
+    assert path.stat().st_size < 5e6
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>\s]{1,20})""", html)
+    assert len(addresses) > 8
+    assert all(address.startswith("data:image/") for address in addresses)
+    assert all(alt for alt in re.findall(r'<img [^>]*alt="([^"]*)"', html))
+    assert html.count("<img ") == html.count("alt=")
+    for heading in (
+        "Where AP is lost", "AP by class", "Precision and recall", "What a score means", "Confusions", "AP by size",
+        "AP by aspect", "The costliest false positives", "The costliest missed objects", "How it was run",
+    ):  # fmt: skip
+        assert f"<h2>{heading}</h2>" in html
+    assert f"{100 * metrics['voc2010_ap50']:.1f}" in html
+    assert "12.3 – 45.6" in html
+
+
+def test_names_are_text_in_a_report(tmp_path):
+    """A class or file called like markup or mathematics is shown as it is."""
+    objects = [[((10, 10, 110, 110), 1, False, False), ((150, 150, 250, 250), 2, False, False)]]
+    data_list = make_list(objects)
+    data_list.classes = ("<script>alert(1)</script>", "$a_1$", "empty")
+    data_list.file_names = ["<img src=x>.jpg"]
+    ranked = rank(data_list, make_detections([[((10, 10, 110, 110), 0.9, 2)]]))
+    write_report(tmp_path / "r.html", data_list, ranked, score(data_list, ranked) | TOLD)
+    html = (tmp_path / "r.html").read_text()
+    assert "<script>" not in html
+    assert "<img src=x>" not in html
+    assert "<b>up" not in html
+    assert "&lt;script&gt;" in html
+    # The photograph is not there: the mistake is still told, and why it is not shown.
+    assert "not shown: image" in html
+
+
+def test_reports_of_nothing(tmp_path):
+    for objects in ([[]], [[((10, 10, 110, 110), 1, False, False)]]):
+        data_list = make_list(objects)
+        ranked = rank(data_list, make_detections([[]]))
+        write_report(tmp_path / "r.html", data_list, ranked, score(data_list, ranked) | TOLD)
+        html = (tmp_path / "r.html").read_text()
+        assert ("there are no numbers" in html) == (objects == [[]])
+
+
+def test_views_lie_in_their_image():
+    for box in ((0, 0, 4, 4), (90, 30, 100, 60), (0, 0, 400, 300), (200, 299, 210, 300)):
+        left, top, right, bottom = view_around(box, (400, 300))
+        assert 0 <= left <= box[0]
+        assert 0 <= top <= box[1]
+        assert box[2] <= right <= 400
+        assert box[3] <= bottom <= 300
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_report_fits_the_screen_and_asks_nobody(report, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report[0].as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [report[0].as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # Nothing reaches beyond the screen, every picture is there, and no two figures share a place.
+    boxes = page.evaluate(
+        """[...document.querySelectorAll("h1, h2, p, table, figure, img")].filter(e => !e.closest("details"))
+        .map(e => [e.tagName, ...["left", "top", "right", "bottom"].map(k => e.getBoundingClientRect()[k])])"""
+    )
+    assert all(box[1] >= 0 and box[3] <= width for box in boxes)
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    figures = [box[1:] for box in boxes if box[0] == "FIGURE"]
+    for number, one in enumerate(figures):
+        for other in figures[:number]:
+            assert one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
+    page.close()
