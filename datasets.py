@@ -344,9 +344,9 @@ class DetectionDataset(Dataset):
     """dataset[epoch, index, occurrence] -> a sample; dataset[index] is its first time in epoch 0.
 
     A sample: image uint8 (3, S, S), boxes_unit (n, 4) float32 xyxy in 0..1 of the square, labels, difficult, crowd
-    (n,), image_id, size (h, w) of the original. Its randomness comes from the seed and these three numbers alone, so
-    it does not matter which worker makes it, or in which order. cache: a PixelCache of the list. num_epochs: of the
-    training, so that mosaic and copy-paste can end augment.close_epochs before it does.
+    (n,), image_id, size (h, w) of the original, key: the three numbers. Its randomness comes from the seed and the key
+    alone, so it does not matter which worker makes it, or in which order. cache: a PixelCache of the list. num_epochs:
+    of the training, so that mosaic and copy-paste can end augment.close_epochs before it does.
     """
 
     def __init__(self, data_list, image_size=300, augment=NO_AUGMENTATION, seed=0, cache=None, num_epochs=None):
@@ -395,6 +395,7 @@ class DetectionDataset(Dataset):
             "crowd": torch.from_numpy(objects["crowd"]),
             "image_id": self.data_list.image_id(index),
             "size": photograph.size,
+            "key": (epoch, index, occurrence),
         }
 
 
@@ -417,6 +418,7 @@ def collate(samples):
         "crowd": padded("crowd"),
         "image_id": [sample["image_id"] for sample in samples],
         "size": [sample["size"] for sample in samples],
+        "key": [sample["key"] for sample in samples],
     }
 
 
@@ -440,11 +442,13 @@ class EpochSampler(Sampler):
 
     Without weights each index comes once; with weights (n,) it comes n * its share of them times, rounded up or down at
     random, the occurrence counting them. Of several processes each takes every num_processes-th sample from its rank
-    on, so that together their batches are those of one process with a batch as large as theirs together.
+    on, so that together their batches are those of one process with a batch as large as theirs together. limit: of an
+    epoch's samples only so many, those that fill whole batches.
     """
 
-    def __init__(self, length, seed=0, weights=None, rank=0, num_processes=1):
+    def __init__(self, length, seed=0, weights=None, rank=0, num_processes=1, limit=None):
         self.length = length
+        self.limit = length if limit is None else limit
         self.seed = seed
         self.cumulative = None if weights is None else np.cumsum(weights / np.sum(weights))
         self.rank, self.num_processes = rank, num_processes
@@ -452,7 +456,7 @@ class EpochSampler(Sampler):
         self.start = 0
 
     def __len__(self):
-        return len(range(self.start + self.rank, self.length, self.num_processes))
+        return len(range(self.start + self.rank, self.limit, self.num_processes))
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -464,7 +468,7 @@ class EpochSampler(Sampler):
             drawn = np.searchsorted(self.cumulative, points, side="right").clip(max=self.length - 1)
             shuffled = rng.permutation(self.length)
             order, occurrences = drawn[shuffled], (np.arange(self.length) - np.searchsorted(drawn, drawn))[shuffled]
-        for position in range(self.start + self.rank, self.length, self.num_processes):
+        for position in range(self.start + self.rank, self.limit, self.num_processes):
             yield self.epoch, int(order[position]), int(occurrences[position])
 
 
@@ -493,6 +497,7 @@ def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=F
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         collate_fn=collate,
+        generator=torch.Generator(),  # the loader draws a number for each pass: not out of the training's generator
     )
 
 

@@ -18,8 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+import distributed
 import intervals
 from datasets import DataError, DataList, DetectionDataset, make_loader
 from detections import read_coco, write_coco, write_voc
@@ -170,22 +172,30 @@ def mirror_index(priors):
 
 
 def predict(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
-    """(one dict of detections for every image of a DataList, {"load", "forward", "decode", ...: seconds})."""
-    loader = make_loader(DetectionDataset(data_list, image_size), batch_size, workers=workers)
+    """(one dict of detections for every image of a DataList, {"load", "forward", "decode", ...: seconds}).
+
+    Of several processes each predicts every num_processes-th image; the main one gets all, the others None.
+    """
+    rows = range(distributed.rank(), len(data_list), distributed.num_processes())
+    loader = make_loader(Subset(DetectionDataset(data_list, image_size), rows), batch_size, workers=workers)
     detections, inside = [], 0.0
     start = time.perf_counter()
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
+    hidden = None if distributed.is_main() else True
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=hidden):
         begun = time.perf_counter()
         detections += predict_fn(batch["image"], batch["size"])
         inside += time.perf_counter() - begun
-    parts = getattr(predict_fn, "seconds", {"predict": inside})
-    return detections, {"load": time.perf_counter() - start - inside, **parts}
+    seconds = {"load": time.perf_counter() - start - inside, **getattr(predict_fn, "seconds", {"predict": inside})}
+    shares = distributed.gather(detections)
+    if shares is None:
+        return None, seconds
+    return [shares[row % len(shares)][row // len(shares)] for row in range(len(data_list))], seconds
 
 
 def evaluate(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
     """The metrics (see metrics.compute_metrics) of whatever predict_fn answers for every image of a DataList."""
     detections, _ = predict(predict_fn, data_list, image_size, batch_size, workers)
-    return compute_metrics(data_list, detections)
+    return compute_metrics(data_list, detections) if distributed.is_main() else None
 
 
 def compare(sources, data_list, args):

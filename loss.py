@@ -1,35 +1,83 @@
-"""Which prior answers for which object, and the MultiBox loss (SSD, Liu et al., arXiv:1512.02325, section 2.2).
+"""Which prior answers for which object, and the losses (SSD, Liu et al., arXiv:1512.02325, section 2.2, and others).
+
+    loss = MultiBoxLoss(model.priors, model.level_counts, class_loss="focal", matching="atss")
+    matches = loss.match(batch)
+    terms = loss(offsets, logits, batch, matches, matches.num_positives.clamp(min=1))  # {"box": ..., "class": ...}
 
 A batch's objects come padded: boxes_unit (B, N, 4) xyxy in 0..1, labels (B, N) with 0 where there is no object,
 difficult and crowd (B, N) bool. Nothing here loops over images or waits for the device.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, complete_box_iou_loss, generalized_box_iou_loss
 
-from model import encode_boxes
+from model import decode_offsets, encode_boxes
 
 IGNORED = -1  # a prior that is neither positive nor mined
+PIXELS = 300.0  # torchvision's box losses add 1e-7 to areas: negligible in pixels, not in fractions of an image
 
 
-def match(priors, batch, min_overlap=0.5, difficult_positive=True):
-    """Which object each prior answers for.
+# ---------------------------------------------------------------------------------------------------------------------
+# Matching
+
+
+class Matches(NamedTuple):
+    """What each prior answers for."""
+
+    labels: torch.Tensor  # (B, P) int64: 0 background, 1..C, IGNORED
+    objects: torch.Tensor  # (B, P) int64: which object of its image, where the label is one of 1..C
+
+    @property
+    def num_positives(self):
+        """() int64, on the device."""
+        return (self.labels > 0).sum()
+
+
+def overlap_rule(iou, boxes, priors, min_overlap=0.5):
+    """SSD's: every pair of IoU >= min_overlap. (B, N, P) bool: pairs in which the prior may answer for the object."""
+    return iou >= min_overlap
+
+
+def atss_rule(iou, boxes, priors, level_counts, nearest=9):
+    """ATSS (Zhang et al., arXiv:1912.02424): of the priors nearest to an object's centre, those that overlap it well.
+
+    Candidates are the priors of the `nearest` cells of each level; well is the mean plus the standard deviation of the
+    candidates' IoU, with the prior's centre inside of the object. level_counts: (priors, priors a cell) of each level.
+    """
+    centres = (boxes[..., :2] + boxes[..., 2:]) / 2  # (B, N, 2)
+    distances = (centres[..., None, :] - priors[:, :2]).square().sum(dim=-1)  # (B, N, P)
+    candidates, begin = [], 0
+    for count, per_cell in level_counts:
+        of_level = distances[..., begin : begin + count]
+        candidates.append(begin + of_level.topk(min(nearest * per_cell, count), dim=2, largest=False).indices)
+        begin += count
+    candidates = torch.cat(candidates, dim=2)  # (B, N, K)
+    overlaps = iou.gather(2, candidates)
+    well = overlaps >= overlaps.mean(dim=2, keepdim=True) + overlaps.std(dim=2, keepdim=True)
+    eligible = torch.zeros_like(iou, dtype=torch.bool).scatter(2, candidates, well)
+    low, high = boxes[..., None, :2], boxes[..., None, 2:]  # (B, N, 1, 2)
+    return eligible & ((priors[:, :2] > low) & (priors[:, :2] < high)).all(dim=-1)
+
+
+def match(priors, batch, rule=overlap_rule, difficult_positive=True):
+    """Which object each prior answers for -> Matches.
 
     Every object claims a prior of its own, the pairs of highest IoU first (ties: lower object, then lower prior);
-    of the other priors, those of IoU >= min_overlap answer for the object they overlap most (ties: lower object).
+    of the other priors, those that `rule` allows answer for the object they overlap most (ties: lower object).
     Crowds (and difficult objects, unless difficult_positive) claim none, and a prior that lies in one by half of its
-    own area or more is IGNORED, if it answers for nothing else.
-
-    priors (P, 4) cxcywh -> labels (B, P) int64: 0 background, 1..C, IGNORED; matched (B, P) int64: the object's index.
+    own area or more is IGNORED, if it answers for nothing else. priors: (P, 4) cxcywh.
     """
     boxes, labels = batch["boxes_unit"], batch["labels"]
     batch_size, num_objects = labels.shape
     num_priors = len(priors)
     if num_objects == 0:
         nothing = labels.new_zeros(batch_size, num_priors)
-        return nothing, nothing
+        return Matches(nothing, nothing)
     is_object = labels > 0
     set_aside = is_object & (batch["crowd"] if difficult_positive else batch["crowd"] | batch["difficult"])
     wanted = is_object & ~set_aside
@@ -37,9 +85,10 @@ def match(priors, batch, min_overlap=0.5, difficult_positive=True):
     priors_xyxy = box_convert(priors, "cxcywh", "xyxy")
     iou, share_inside = _overlaps(boxes, priors_xyxy)  # (B, N, P)
     iou = torch.where(wanted[..., None], iou, -1.0)
+    eligible = rule(iou, boxes, priors) & wanted[..., None]
 
-    best_overlap, matched = iou.max(dim=1)  # (B, P); the first of equals
-    positive = best_overlap >= min_overlap
+    best_overlap, matched = torch.where(eligible, iou, -1.0).max(dim=1)  # (B, P); the first of equals
+    positive = best_overlap >= 0
     claimed = _claim_priors(iou)  # (B, N), -1 where nothing could be claimed
     # One more prior than there are takes the claims of those who claim nothing.
     slots = torch.where(claimed >= 0, claimed, num_priors)
@@ -49,7 +98,7 @@ def match(priors, batch, min_overlap=0.5, difficult_positive=True):
 
     prior_labels = torch.where(positive, labels.gather(1, matched), 0)
     in_aside = (share_inside >= 0.5) & set_aside[..., None]  # (B, N, P)
-    return torch.where(~positive & in_aside.any(dim=1), IGNORED, prior_labels), matched
+    return Matches(torch.where(~positive & in_aside.any(dim=1), IGNORED, prior_labels), matched)
 
 
 def _claim_priors(iou):
@@ -94,46 +143,142 @@ def _overlaps(boxes, priors_xyxy):
     return intersection / (box_area + prior_area - intersection), intersection / prior_area
 
 
-class MultiBoxLoss(nn.Module):
-    """Smooth L1 over positive priors, cross-entropy over them and the hardest negatives.
+# ---------------------------------------------------------------------------------------------------------------------
+# Box losses: (B, P, 4) offsets and priors (P, 4), boxes_cxcywh (B, P, 4) in 0..1 to be met -> (B, P)
 
-    An image mines max(negative_ratio * its positives, min_negatives) negatives, so images without objects teach too.
-    forward -> dict of scalars: box, class (each divided by the batch's number of positives, at least 1).
+
+def smooth_l1_box_loss(offsets, boxes_cxcywh, priors):
+    """Smooth L1 of the offsets, summed over the four (SSD, equation 2; Fast R-CNN, arXiv:1504.08083)."""
+    return F.smooth_l1_loss(offsets, encode_boxes(boxes_cxcywh, priors), reduction="none").sum(dim=2)
+
+
+def _overlap_box_loss(torchvision_loss, offsets, boxes_cxcywh, priors):
+    boxes = [box_convert(b * PIXELS, "cxcywh", "xyxy") for b in (decode_offsets(offsets, priors), boxes_cxcywh)]
+    return torchvision_loss(*boxes)
+
+
+def giou_box_loss(offsets, boxes_cxcywh, priors):
+    """1 - generalised IoU of the decoded boxes (Rezatofighi et al., arXiv:1902.09630)."""
+    return _overlap_box_loss(generalized_box_iou_loss, offsets, boxes_cxcywh, priors)
+
+
+def ciou_box_loss(offsets, boxes_cxcywh, priors):
+    """1 - complete IoU: overlap, distance of the centres and aspect (Zheng et al., arXiv:1911.08287)."""
+    return _overlap_box_loss(complete_box_iou_loss, offsets, boxes_cxcywh, priors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class losses: logits (B, P, C + 1), labels (B, P) as in Matches, quality (B, P): IoU of the predicted box -> scalar
+
+
+def ohem_class_loss(logits, labels, quality, negative_ratio=3, min_negatives=8):
+    """Cross-entropy over positives and each image's hardest negatives (SSD, section 2.2, "hard negative mining").
+
+    An image mines max(negative_ratio * its positives, min_negatives), so images without objects teach too.
     """
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
+    positive = labels > 0
+    # Mined by their own loss, largest first; what is no negative sorts last and weighs nothing.
+    negatives = torch.where(labels == 0, losses, 0).sort(dim=1, descending=True).values
+    count = (negative_ratio * positive.sum(dim=1, keepdim=True)).clamp(min=min_negatives)
+    rank = torch.arange(labels.shape[1], device=labels.device)
+    return torch.where(positive, losses, 0).sum() + torch.where(rank < count, negatives, 0).sum()
 
-    def __init__(self, priors, min_overlap=0.5, negative_ratio=3, min_negatives=8, difficult_positive=True):
+
+def focal_class_loss(logits, labels, quality, gamma=2.0, alpha=0.25):
+    """Focal loss over all priors (Lin et al., arXiv:1708.02002, equation 5), with softmax in place of sigmoids.
+
+    -a (1 - p)^gamma log p of the right class; a is alpha for objects and 1 - alpha for background.
+    """
+    log_p = logits.log_softmax(dim=2).gather(2, labels.clamp(min=0)[..., None])[..., 0]  # (B, P)
+    weights = torch.where(labels > 0, alpha, 1 - alpha)
+    losses = -weights * (1 - log_p.exp()) ** gamma * log_p
+    return torch.where(labels != IGNORED, losses, 0).sum()
+
+
+def quality_class_loss(logits, labels, quality, beta=2.0):
+    """Quality focal loss (Li et al., arXiv:2006.04388, equation 3), with softmax in place of sigmoids.
+
+    An object's score is to be the IoU q of its predicted box, the background's 1 - q: cross-entropy with these shares,
+    weighted by |q - p|^beta, p being the score of the right class (of background, where there is no object).
+    """
+    log_p = logits.log_softmax(dim=2)
+    background, own = log_p[..., 0], log_p.gather(2, labels.clamp(min=0)[..., None])[..., 0]  # (B, P)
+    positive = labels > 0
+    wanted = torch.where(positive, quality, 1.0)
+    cross_entropy = -wanted * own - torch.where(positive, (1 - quality) * background, 0)
+    losses = (wanted - own.exp()).abs() ** beta * cross_entropy
+    return torch.where(labels != IGNORED, losses, 0).sum()
+
+
+MATCHINGS = ("multibox", "atss")
+BOX_LOSSES = {"smooth_l1": smooth_l1_box_loss, "giou": giou_box_loss, "ciou": ciou_box_loss}
+CLASS_LOSSES = {"ohem": ohem_class_loss, "focal": focal_class_loss, "quality": quality_class_loss}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Together
+
+
+class MultiBoxLoss(nn.Module):
+    """A matching, a box loss over positive priors, a class loss. Matching and loss are two calls, so that a caller can
+    count the positives of several batches and processes before it divides by them."""
+
+    def __init__(
+        self,
+        priors,
+        level_counts=None,
+        matching="multibox",
+        box_loss="smooth_l1",
+        class_loss="ohem",
+        min_overlap=0.5,
+        negative_ratio=3,
+        min_negatives=8,
+        difficult_positive=True,
+    ):
         super().__init__()
         self.register_buffer("priors", priors.detach().clone(), persistent=False)
-        self.min_overlap = min_overlap
-        self.negative_ratio = negative_ratio
-        self.min_negatives = min_negatives
+        self.rule = partial(overlap_rule, min_overlap=min_overlap)
+        if matching == "atss":
+            self.rule = partial(atss_rule, level_counts=level_counts)
+        self.box_loss = BOX_LOSSES[box_loss]
+        self.class_loss = CLASS_LOSSES[class_loss]
+        if class_loss == "ohem":
+            self.class_loss = partial(ohem_class_loss, negative_ratio=negative_ratio, min_negatives=min_negatives)
         self.difficult_positive = difficult_positive
 
-    def forward(self, offsets, logits, batch):
-        """offsets (B, P, 4), logits (B, P, C + 1), batch: padded objects, see the head of this file."""
-        labels, matched = match(self.priors, batch, self.min_overlap, self.difficult_positive)  # (B, P)
-        positive = labels > 0
-        num_positives = positive.sum().clamp(min=1)
-        return {
-            "box": self._box_loss(offsets, batch["boxes_unit"], positive, matched) / num_positives,
-            "class": self._class_loss(logits, labels) / num_positives,
-        }
+    def match(self, batch):
+        return match(self.priors, batch, self.rule, self.difficult_positive)
 
-    def _box_loss(self, offsets, boxes_unit, positive, matched):
+    def forward(self, offsets, logits, batch, matches, normaliser):
+        """offsets (B, P, 4), logits (B, P, C + 1), a batch and its Matches -> {"box", "class"}: sums / normaliser.
+
+        normaliser: a number or () tensor, usually the positives of all batches of the step, at least 1.
+        """
+        positive = matches.labels > 0
+        boxes_cxcywh = self._boxes_to_meet(batch["boxes_unit"], positive, matches.objects)
+        box_losses = torch.where(positive, self.box_loss(offsets, boxes_cxcywh, self.priors), 0)
+        class_loss = self.class_loss(logits, matches.labels, self._quality(offsets, boxes_cxcywh))
+        return {"box": box_losses.sum() / normaliser, "class": class_loss / normaliser}
+
+    def _boxes_to_meet(self, boxes_unit, positive, objects):
+        """(B, P, 4) cxcywh; priors without an object aim at themselves, as padding has no sides."""
         if boxes_unit.shape[1] == 0:
-            return offsets.sum() * 0
-        boxes = boxes_unit.gather(1, matched[..., None].expand(-1, -1, 4))  # (B, P, 4)
-        # Padding has no sides, and their logarithm no value: priors without an object aim at themselves.
-        boxes_cxcywh = torch.where(positive[..., None], box_convert(boxes, "xyxy", "cxcywh"), self.priors)
-        losses = F.smooth_l1_loss(offsets, encode_boxes(boxes_cxcywh, self.priors), reduction="none").sum(dim=2)
-        return torch.where(positive, losses, 0).sum()
+            return self.priors.expand(len(boxes_unit), -1, -1)
+        boxes = box_convert(boxes_unit, "xyxy", "cxcywh").gather(1, objects[..., None].expand(-1, -1, 4))
+        return torch.where(positive[..., None], boxes, self.priors)
 
-    def _class_loss(self, logits, labels):
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none")
-        losses = losses.view_as(labels)  # (B, P)
-        positive = labels > 0
-        # Mined by their own loss, largest first; what is no negative sorts last and weighs nothing.
-        negatives = torch.where(labels == 0, losses, 0).sort(dim=1, descending=True).values
-        count = (self.negative_ratio * positive.sum(dim=1, keepdim=True)).clamp(min=self.min_negatives)
-        rank = torch.arange(labels.shape[1], device=labels.device)
-        return torch.where(positive, losses, 0).sum() + torch.where(rank < count, negatives, 0).sum()
+    @torch.no_grad()
+    def _quality(self, offsets, boxes_cxcywh):
+        """(B, P): IoU of the predicted boxes with those to be met; only the quality loss asks for it."""
+        if self.class_loss is not quality_class_loss:
+            return None
+        predicted, wanted = (
+            box_convert(b, "cxcywh", "xyxy") for b in (decode_offsets(offsets, self.priors), boxes_cxcywh)
+        )
+        corners = torch.minimum(predicted[..., 2:], wanted[..., 2:]) - torch.maximum(
+            predicted[..., :2], wanted[..., :2]
+        )
+        shared = corners.clamp(min=0).prod(dim=-1)
+        areas = [(b[..., 2:] - b[..., :2]).prod(dim=-1) for b in (predicted, wanted)]
+        return shared / (areas[0] + areas[1] - shared)

@@ -186,7 +186,12 @@ class FPNSSD(nn.Module):
         # On the CPU even while the rest is built on the meta device: these are values, not parameters to be loaded.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, device="cpu").view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, device="cpu").view(3, 1, 1))
-        self.register_buffer("priors", make_priors(config, self._level_sides()), persistent=False)  # (P, 4)
+        sides = self._level_sides()
+        self.register_buffer("priors", make_priors(config, sides), persistent=False)  # (P, 4)
+        # (priors, priors a cell) of each level, in the order of `priors`
+        self.level_counts = [
+            (h * w * count, count) for (h, w), count in zip(sides, config.priors_per_cell, strict=True)
+        ]
 
     def _level_sides(self):
         """(height, width) of P3..P9, from a pass in shapes alone."""

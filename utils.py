@@ -120,17 +120,18 @@ def has_fast_bf16(device):
 
 
 def pick_precision(name, device):
-    """ "fp32" or "bf16" for "auto", "fp32" or "bf16"; auto is bf16 where that is faster."""
+    """ "fp32", "bf16" or "fp16" for these or "auto"; auto is bf16 where that is faster."""
     if name == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
-    if name not in ("fp32", "bf16"):
-        raise InputError(f"precision {name!r} is none of auto, fp32, bf16")
+    if name not in ("fp32", "bf16", "fp16"):
+        raise InputError(f"precision {name!r} is none of auto, fp32, bf16, fp16")
     return name
 
 
 def autocast(device, precision):
-    """The context in which a network runs in `precision` ("fp32" or "bf16") on `device`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The context in which a network runs in `precision` ("fp32", "bf16" or "fp16") on `device`."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 @contextlib.contextmanager
@@ -148,6 +149,11 @@ def written_whole(path):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; results are not
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name has to outlive a power cut too
+        finally:
+            os.close(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from loss import IGNORED, MultiBoxLoss, match
-from model import FPNSSD, ModelConfig, encode_boxes
+from loss import (
+    IGNORED,
+    MultiBoxLoss,
+    ciou_box_loss,
+    focal_class_loss,
+    giou_box_loss,
+    match,
+    quality_class_loss,
+)
+from model import FPNSSD, ModelConfig, encode_boxes, make_priors
 
 
 def make_batch(images):
@@ -25,6 +33,12 @@ def make_batch(images):
             batch["difficult"][i, n] = difficult
             batch["crowd"][i, n] = crowd
     return batch
+
+
+def loss_of_batch(loss, offsets, logits, batch):
+    """The terms, divided by the positives of this batch alone."""
+    matches = loss.match(batch)
+    return loss(offsets, logits, batch, matches, matches.num_positives.clamp(min=1))
 
 
 def overlap_32(a, b):
@@ -129,19 +143,19 @@ def test_mining_by_hand():
     logits = logits_with_losses([0.1, 0.5, 2.0, 1.0])
     positive_loss = -math.log(1 - math.exp(-0.1))
     loss = MultiBoxLoss(ROW, negative_ratio=2, min_negatives=1)
-    terms = loss(torch.zeros(1, 4, 4), logits, make_batch([[OBJECT]]))
+    terms = loss_of_batch(loss, torch.zeros(1, 4, 4), logits, make_batch([[OBJECT]]))
     assert terms["class"].item() == pytest.approx(positive_loss + 2.0 + 1.0, abs=1e-5)
     # The configured minimum takes over where the ratio asks for less, and all negatives where there are no more.
     for min_negatives, expected in ((3, 3.5), (100, 3.5)):
         loss = MultiBoxLoss(ROW, negative_ratio=1, min_negatives=min_negatives)
-        terms = loss(torch.zeros(1, 4, 4), logits, make_batch([[OBJECT]]))
+        terms = loss_of_batch(loss, torch.zeros(1, 4, 4), logits, make_batch([[OBJECT]]))
         assert terms["class"].item() == pytest.approx(positive_loss + expected, abs=1e-5)
 
 
 def test_image_without_objects_teaches_background():
     logits = logits_with_losses([0.1, 0.5, 2.0, 1.0]).requires_grad_()
     offsets = torch.zeros(1, 4, 4, requires_grad=True)
-    terms = MultiBoxLoss(ROW, min_negatives=2)(offsets, logits, make_batch([[]]))
+    terms = loss_of_batch(MultiBoxLoss(ROW, min_negatives=2), offsets, logits, make_batch([[]]))
     assert terms["class"].item() == pytest.approx(3.0, abs=1e-5)  # divided by at least 1
     assert terms["box"].item() == 0
     (terms["class"] + terms["box"]).backward()
@@ -155,7 +169,7 @@ def test_crowds_are_neither_positive_nor_mined():
     labels, _ = match(ROW, make_batch([[OBJECT, crowd]]))
     assert labels.tolist() == [[1, IGNORED, IGNORED, 0]]
     logits = logits_with_losses([0.1, 5.0, 6.0, 1.0])
-    terms = MultiBoxLoss(ROW)(torch.zeros(1, 4, 4), logits, make_batch([[OBJECT, crowd]]))
+    terms = loss_of_batch(MultiBoxLoss(ROW), torch.zeros(1, 4, 4), logits, make_batch([[OBJECT, crowd]]))
     assert terms["class"].item() == pytest.approx(-math.log(1 - math.exp(-0.1)) + 1.0, abs=1e-5)
 
 
@@ -163,7 +177,7 @@ def test_box_loss_by_hand():
     # Off by 0.4 (quadratic part: 0.08) and by 3 (linear part: 2.5); priors without an object count nothing.
     offsets = torch.full((1, 4, 4), 7.0)
     offsets[0, 0] = encode_boxes(torch.tensor([0.125, 0.5, 0.25, 1.0]), ROW[0]) + torch.tensor([0.4, 0.0, -3.0, 0.0])
-    terms = MultiBoxLoss(ROW)(offsets, torch.zeros(1, 4, 2), make_batch([[OBJECT]]))
+    terms = loss_of_batch(MultiBoxLoss(ROW), offsets, torch.zeros(1, 4, 2), make_batch([[OBJECT]]))
     assert terms["box"].item() == pytest.approx(0.08 + 2.5, abs=1e-5)
 
 
@@ -174,16 +188,159 @@ def test_loss_of_a_batch_is_that_of_its_images():
     images = [random_objects(generator, count, 8) for count in (5, 0, 2)]
     offsets, logits = torch.randn(3, 50, 4, generator=generator), torch.randn(3, 50, 4, generator=generator)
     loss = MultiBoxLoss(priors)
-    together = loss(offsets, logits, make_batch(images))
+    together = loss_of_batch(loss, offsets, logits, make_batch(images))
     positives, sums = 0, {"box": 0.0, "class": 0.0}
     for i in range(3):
         alone = make_batch(images[i : i + 1])
         count = int((match(priors, alone)[0] > 0).sum())
-        for name, value in loss(offsets[i : i + 1], logits[i : i + 1], alone).items():
+        for name, value in loss_of_batch(loss, offsets[i : i + 1], logits[i : i + 1], alone).items():
             sums[name] += value.item() * max(1, count)
         positives += count
     for name in sums:
         assert together[name].item() == pytest.approx(sums[name] / positives, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other losses and the other matching
+
+
+def plain_iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def test_overlap_losses_by_hand():
+    """The prior is 0.4 wide and high; the object lies 0.2 to its right: IoU 1/3."""
+    priors = torch.tensor([[0.3, 0.5, 0.4, 0.4]])
+    wanted = torch.tensor([[[0.5, 0.5, 0.4, 0.4]]])
+    still, exact = torch.zeros(1, 1, 4), encode_boxes(wanted, priors)
+    # They fill the box around both, 0.6 x 0.4, so GIoU is IoU.
+    assert giou_box_loss(still, wanted, priors).item() == pytest.approx(1 - 1 / 3, abs=1e-4)
+    # CIoU takes off the squared distance of the centres over that of the box's corners; the aspects are equal.
+    distance = 0.2**2 / (0.6**2 + 0.4**2)
+    assert ciou_box_loss(still, wanted, priors).item() == pytest.approx(1 - 1 / 3 + distance, abs=1e-4)
+    # 0.6 to the right: no overlap, a gap of a fifth of the box around both.
+    apart = torch.tensor([[[0.9, 0.5, 0.4, 0.4]]])
+    assert giou_box_loss(still, apart, priors).item() == pytest.approx(1 + 0.2, abs=1e-4)
+    for loss in (giou_box_loss, ciou_box_loss):
+        assert loss(exact, wanted, priors).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_focal_loss_by_hand():
+    # One object with p = 0.8, one background with p = 0.6, one ignored.
+    logits = torch.tensor([[[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]]).log()
+    labels = torch.tensor([[1, 0, IGNORED]])
+    expected = 0.25 * 0.2**2 * -math.log(0.8) + 0.75 * 0.4**2 * -math.log(0.6)
+    assert focal_class_loss(logits, labels, None).item() == pytest.approx(expected, rel=1e-5)
+    # Without focus and with equal weights it is half of the cross-entropy.
+    plain = focal_class_loss(logits, labels, None, gamma=0.0, alpha=0.5).item()
+    assert plain == pytest.approx((-math.log(0.8) - math.log(0.6)) / 2, rel=1e-5)
+
+
+def test_quality_loss_by_hand():
+    logits = torch.tensor([[[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]]).log()
+    labels, quality = torch.tensor([[1, 0, IGNORED]]), torch.tensor([[0.5, 0.9, 0.1]])  # the last two mean nothing
+    of_object = 0.3**2 * (-0.5 * math.log(0.8) - 0.5 * math.log(0.2))
+    of_background = 0.4**2 * -math.log(0.6)
+    assert quality_class_loss(logits, labels, quality).item() == pytest.approx(of_object + of_background, rel=1e-5)
+    # Where the score is the quality, and background sure of itself, there is nothing to learn.
+    sure = torch.tensor([[[0.3, 0.7], [1.0, 0.0]]]).clamp(min=1e-12).log()
+    quiet = quality_class_loss(sure, torch.tensor([[1, 0]]), torch.tensor([[0.7, 0.0]]))
+    assert quiet.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_quality_is_that_of_the_predicted_boxes():
+    loss = MultiBoxLoss(ROW, class_loss="quality")
+    offsets = torch.zeros(1, 4, 4)
+    offsets[0, 0] = encode_boxes(torch.tensor([0.175, 0.5, 0.25, 1.0]), ROW[0])  # 0.2 of its width to the right
+    batch = make_batch([[OBJECT]])
+    boxes = loss._boxes_to_meet(batch["boxes_unit"], loss.match(batch).labels > 0, loss.match(batch).objects)
+    assert loss._quality(offsets, boxes)[0, 0].item() == pytest.approx(0.8 / 1.2, abs=1e-5)
+    assert loss._quality(offsets, boxes)[0, 1].item() == 1  # a prior without an object aims at itself
+
+
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "ciou"])
+@pytest.mark.parametrize("class_loss", ["ohem", "focal", "quality"])
+@pytest.mark.parametrize("matching", ["multibox", "atss"])
+def test_every_combination_learns_and_survives_emptiness(box_loss, class_loss, matching):
+    torch.manual_seed(0)
+    config = ModelConfig(("a", "b"), "resnet18", image_size=64, fpn_channels=16)
+    priors, counts = (getattr(FPNSSD(config), name) for name in ("priors", "level_counts"))
+    loss = MultiBoxLoss(priors, counts, matching, box_loss, class_loss)
+    batch = make_batch(
+        [[((0.1, 0.1, 0.5, 0.6), 1, 0, 0), ((0.6, 0.5, 0.7, 0.6), 2, 0, 0)], [], [((0, 0, 1, 1), 2, 0, 1)]]
+    )
+    offsets = torch.zeros(3, len(priors), 4, requires_grad=True)
+    logits = torch.zeros(3, len(priors), 3, requires_grad=True)
+    optimizer = torch.optim.Adam([offsets, logits], lr=0.05)
+    values = []
+    for _ in range(200):
+        total = sum(loss_of_batch(loss, offsets, logits, batch).values())
+        optimizer.zero_grad()
+        total.backward()
+        assert torch.isfinite(offsets.grad).all()
+        assert torch.isfinite(logits.grad).all()
+        optimizer.step()
+        values.append(total.item())
+    assert values[-1] < 0.5 * values[0]
+    empty = loss_of_batch(loss, offsets, logits, make_batch([[], [], []]))
+    assert all(math.isfinite(term.item()) for term in empty.values())
+
+
+def slow_atss(priors, level_counts, box, nearest=9):
+    """Which priors ATSS allows for one box: level by level, pair by pair."""
+    corners = [(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for cx, cy, w, h in priors.tolist()]
+    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    candidates, begin = [], 0
+    for count, per_cell in level_counts:
+        of_level = range(begin, begin + count)
+        by_distance = sorted(of_level, key=lambda p: math.dist(priors[p, :2].tolist(), centre))
+        candidates += by_distance[: nearest * per_cell]
+        begin += count
+    overlaps = [plain_iou(corners[p], box) for p in candidates]
+    mean = sum(overlaps) / len(overlaps)
+    threshold = mean + math.sqrt(sum((o - mean) ** 2 for o in overlaps) / (len(overlaps) - 1))
+    inside = [box[0] < priors[p, 0] < box[2] and box[1] < priors[p, 1] < box[3] for p in range(len(priors))]
+    return {p for p, overlap in zip(candidates, overlaps, strict=True) if overlap >= threshold and inside[p]}
+
+
+def test_atss_equals_the_slow_loop():
+    generator = torch.Generator().manual_seed(2)
+    priors = make_priors(ModelConfig(("a",)), [(side, side) for side in (12, 6, 3, 2, 1, 1, 1)])
+    counts = [
+        (side * side * per_cell, per_cell)
+        for side, per_cell in zip((12, 6, 3, 2, 1, 1, 1), (4, 6, 6, 6, 4, 4, 4), strict=True)
+    ]
+    for _ in range(10):
+        # Off any grid, so that no two priors of different cells are equally far away.
+        corner, sides = torch.rand(2, generator=generator) * 0.6, torch.rand(2, generator=generator) * 0.35 + 0.05
+        box = (*corner.tolist(), *(corner + sides).tolist())
+        batch = make_batch([[(box, 1, False, False)]])
+        loss = MultiBoxLoss(priors, counts, matching="atss")
+        labels, _ = loss.match(batch)
+        expected = slow_atss(priors, counts, box)
+        found = set(labels[0].nonzero().squeeze(1).tolist())
+        # Besides, the prior that overlaps the object most is its own in any case.
+        assert found - expected <= {int((labels[0] * best_overlaps(priors, box)).argmax())}
+        assert expected <= found
+
+
+def best_overlaps(priors, box):
+    corners = [(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for cx, cy, w, h in priors.tolist()]
+    return torch.tensor([plain_iou(corner, box) for corner in corners])
+
+
+def test_atss_gives_small_objects_more_priors():
+    """A 20-pixel object overlaps no prior of 30 pixels and more by a half: SSD's rule leaves it the forced one."""
+    priors = make_priors(ModelConfig(("a",)), [(side, side) for side in (38, 19, 10, 5, 3, 2, 1)])
+    counts = [(side * side * n, n) for side, n in zip((38, 19, 10, 5, 3, 2, 1), (4, 6, 6, 6, 4, 4, 4), strict=True)]
+    batch = make_batch([[((0.5, 0.5, 0.5 + 20 / 300, 0.5 + 20 / 300), 1, False, False)]])
+    positives = {
+        m: int(MultiBoxLoss(priors, counts, matching=m).match(batch).num_positives) for m in ("multibox", "atss")
+    }
+    assert positives["multibox"] == 1
+    assert positives["atss"] >= 2
 
 
 def test_resnet50_learns_a_fixed_batch():
@@ -197,7 +354,7 @@ def test_resnet50_learns_a_fixed_batch():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     values = []
     for _ in range(20):
-        terms = loss(*model(images), batch)
+        terms = loss_of_batch(loss, *model(images), batch)
         total = terms["box"] + terms["class"]
         optimizer.zero_grad()
         total.backward()

@@ -1,0 +1,205 @@
+"""A training run's state, and its way to and from runs/NAME/: checkpoints, log.csv, config.json.
+
+last.pth.tar holds everything that training needs to go on; previous.pth.tar is the one before it, and next.pth.tar
+there for the moment between. best.pth.tar holds the averaged weights alone.
+"""
+
+import csv
+import json
+import os
+import platform
+import sys
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+from distributed import is_main
+from model import CheckpointError, load_checkpoint, save_checkpoint
+from utils import InputError, written_whole
+
+LAST, PREVIOUS, NEXT, BEST = (f"{name}.pth.tar" for name in ("last", "previous", "next", "best"))
+# What a resumed run may have otherwise without a word, and what it cannot: shapes, and which samples a step sees.
+FREE = {
+    "device", "workers", "images", "precision", "eval_every", "cache", "log_every", "save_minutes", "compile", "tf32",
+    "batch_size", "weights",
+}  # fmt: skip
+FIXED = {
+    "trunk", "image_size", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split", "seed", "frozen_stages",
+    "batch_norm", "class_balance",
+}  # fmt: skip
+
+
+class Run:
+    """Everything that changes while training."""
+
+    def __init__(self, config, model, ema, optimizer, scaler, train_list, step_images):
+        self.config, self.folder = config, Path("runs") / config.name
+        self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
+        self.num_images, self.step_images = len(train_list), step_images
+        self.step = 0
+        self.best = None
+        self.stale = 0  # evaluations since the best one
+        self.sums = {}  # of the running epoch's loss terms
+        self.log = []  # a dict an epoch
+        self.unsaved = None  # why the last attempt to save failed
+
+    def state(self):
+        cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        return {
+            "raw_model": self.model.state_dict(),
+            "ema_updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "stale": self.stale,
+            "sums": self.sums,
+            "log": self.log,
+            "train_config": as_builtins(self.config),
+            "num_images": self.num_images,
+            "step_images": self.step_images,
+            "torch_rng": torch.get_rng_state(),
+            "versions": versions(),
+            **cuda,
+        }
+
+    def save(self):
+        """Writes last.pth.tar and keeps the one before; True if that went well.
+
+        A full disk is said and not raised: what is there stays, and training goes on to the next attempt.
+        """
+        if not is_main():
+            return True
+        try:
+            save_checkpoint(self.folder / NEXT, self.ema.module, **self.state())
+            if (self.folder / LAST).exists():
+                os.replace(self.folder / LAST, self.folder / PREVIOUS)
+            os.replace(self.folder / NEXT, self.folder / LAST)
+            self.unsaved = None
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+            self.unsaved = str(error).splitlines()[0]
+            print(
+                f"warning: step {self.step} could not be saved in {self.folder} ({self.unsaved}). Checkpoints that are "
+                "there stay as they are; training goes on and tries again. Is the disk full?",
+                file=sys.stderr,
+            )
+        return self.unsaved is None
+
+    def save_best(self):
+        if is_main():
+            try:
+                about = {"step": self.step, "best": self.best, "train_config": as_builtins(self.config)}
+                save_checkpoint(self.folder / BEST, self.ema.module, **about)
+            except (OSError, RuntimeError) as error:
+                print(f"warning: {self.folder / BEST} could not be written: {error}", file=sys.stderr)
+
+    def load(self):
+        """Goes on from the newest checkpoint that is whole; says which one, and what is new in the configuration."""
+        path, checkpoint = newest_checkpoint(self.folder)
+        if "train_config" not in checkpoint or "optimizer" not in checkpoint:
+            raise InputError(f"{path} holds a model, but no run that could be resumed")
+        changes = self._check_same_run(checkpoint, path)
+        self.ema.module.load_state_dict(checkpoint["model"].state_dict())
+        self.ema.updates.copy_(checkpoint["ema_updates"])
+        self.model.load_state_dict(checkpoint["raw_model"])
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, rate, decay in zip(self.optimizer.param_groups, rates, decays, strict=True):
+            group["initial_lr"], group["weight_decay"] = rate, decay  # those of the configuration as it is now
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        for name in ("step", "best", "stale", "sums", "log"):
+            setattr(self, name, checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if "cuda_rng" in checkpoint and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        if is_main():
+            print(f"goes on with {path}, step {self.step}")
+            for change in changes:
+                print(f"  now {change}")
+
+    def _check_same_run(self, checkpoint, path):
+        """["field old -> new", ...]; InputError where the run could not go on as it was."""
+        if checkpoint["model"].config != self.model.config:
+            raise InputError(f"{path} was trained on other classes or shapes than {self.config.data} and the flags say")
+        if checkpoint["num_images"] != self.num_images:
+            counts = f"{checkpoint['num_images']} images, {self.config.data} has {self.num_images} now"
+            raise InputError(f"{path} was trained on {counts}: its epochs would differ; start another run (--name)")
+        if checkpoint["step_images"] != self.step_images:
+            raise InputError(
+                f"{path} was trained with {checkpoint['step_images']} images a step (batch x processes x "
+                f"accumulation), not {self.step_images}: its epochs would differ; --batch-size can keep the product"
+            )
+        saved, now = checkpoint["train_config"], as_builtins(self.config)
+        changed = {name for name in now if name not in FREE and saved.get(name) != now[name]}
+        changes = [f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in sorted(changed)]
+        if changed & FIXED:
+            refused = [change for change in changes if change.split()[0] in FIXED]
+            raise InputError(f"{path} cannot be resumed with another {'; '.join(refused)}: start another run (--name)")
+        return changes
+
+    def write_log(self):
+        """log.csv, a row an epoch, always as long as the checkpoint knows."""
+        columns = list(dict.fromkeys(name for row in self.log for name in row))
+        with written_whole(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.log)
+
+
+def newest_checkpoint(folder):
+    """(path, content) of the newest checkpoint in a run's folder that is whole; damaged ones are named on the way."""
+    there = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).exists()]
+    if not there:
+        raise InputError(f"nothing to resume: no checkpoint {str(folder / LAST)!r}")
+    for path in there:
+        try:
+            damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
+            if damaged is None:
+                return path, load_checkpoint(path)
+            reason = f"{damaged} in it is damaged"
+        except (CheckpointError, zipfile.BadZipFile, OSError) as error:
+            reason = str(error)
+        if is_main():
+            print(f"warning: {path} is passed over: {reason}", file=sys.stderr)
+    raise InputError(f"no checkpoint in {folder} is whole; {BEST} still serves for --weights, if it is there")
+
+
+def as_builtins(config):
+    """A configuration as a checkpoint or JSON file holds it: tuples become lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_builtins(kind, values):
+    """The opposite: a dataclass of `kind`, with the dataclasses inside of it."""
+    known = {field.name: field.type for field in fields(kind)}
+    read = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = from_builtins(known[name], value)
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**read)
+
+
+def saved_config(name, kind):
+    """The configuration of runs/NAME, or None where there is none."""
+    path = Path("runs") / name / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return from_builtins(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is no configuration of this version's: {error}") from error
+
+
+def versions():
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }

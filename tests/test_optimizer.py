@@ -1,0 +1,165 @@
+"""What trains, how fast, the running mean, and what a detector of other classes gives to a new one."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from model import FPNSSD, ModelConfig
+from optimizer import (
+    EMA,
+    build_optimizer,
+    freeze,
+    load_weights,
+    lr_factor,
+    set_train_mode,
+    synchronise_batch_norm,
+    trunk_stages,
+)
+from recipe import TrainConfig
+from utils import InputError
+
+
+def tiny_model(classes=("a",), **changes):
+    return FPNSSD(ModelConfig(classes, **{"trunk": "resnet18", "image_size": 64, "fpn_channels": 16, **changes}))
+
+
+def test_learning_rate_by_hand():
+    config = TrainConfig(warmup_steps=3)
+    assert [lr_factor(step, config, 103) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert lr_factor(53, config, 103) == pytest.approx(0.5)
+    assert lr_factor(28, config, 103) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+    assert lr_factor(103, config, 103) == pytest.approx(0)
+    steps = TrainConfig(warmup_steps=2, schedule="steps", milestones=(0.5, 0.75))
+    factors = [lr_factor(step, steps, 8) for step in range(8)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("trunk", ["resnet50", "tf_efficientnet_lite0"])
+def test_frozen_stages_and_batch_norm_stay(trunk):
+    config = TrainConfig(trunk=trunk, frozen_stages=2, lr=0.1, weight_decay=0.1, warmup_steps=0)
+    model = FPNSSD(ModelConfig(classes=("a",), trunk=trunk, image_size=64, fpn_channels=16))
+    freeze(model, config)
+    before = {name: tensor.clone() for name, tensor in model.trunk.state_dict().items()}
+    stages = trunk_stages(model.trunk)
+    assert len(stages) == {"resnet50": 5, "tf_efficientnet_lite0": 8}[trunk]
+    optimizer = build_optimizer(model, config, config.lr)
+    set_train_mode(model)
+    offsets, logits = model(torch.randint(0, 256, (2, 3, 64, 64)))
+    (offsets.square().mean() + logits.square().mean()).backward()
+    optimizer.step()
+    frozen = {id(p) for modules in stages[:3] for module in modules for p in module.parameters()}
+    norms = {id(p) for m in model.trunk.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    moved = {id(p) for name, p in model.trunk.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {id(p) for p in model.trunk.parameters()} - frozen - norms
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.trunk.named_buffers())
+
+
+def test_stages_that_are_not_known_are_not_guessed():
+    model = FPNSSD(ModelConfig(classes=("a",), trunk="regnety_002", image_size=64, fpn_channels=16))
+    with pytest.raises(InputError, match="frozen_stages=-1"):
+        freeze(model, TrainConfig(trunk="regnety_002", frozen_stages=0))
+    freeze(model, TrainConfig(trunk="regnety_002", frozen_stages=-1, batch_norm="train"))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_groups_of_the_optimizer():
+    config = TrainConfig(trunk="resnet18", lr=0.1, trunk_lr_scale=0.2, weight_decay=0.3)
+    model = FPNSSD(ModelConfig(classes=("a",), trunk="resnet18", image_size=64, fpn_channels=16))
+    optimizer = build_optimizer(model, config, config.lr)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert settings[id(model.trunk.layer1[0].conv1.weight)] == (pytest.approx(0.02), 0.3)
+    assert settings[id(model.trunk.bn1.weight)] == (pytest.approx(0.02), 0)
+    assert settings[id(model.box_heads[0].weight)] == (0.1, 0.3)
+    assert settings[id(model.box_heads[0].bias)] == (0.1, 0)
+    assert len(settings) == len(list(model.parameters()))
+
+
+def test_rates_fall_from_stage_to_stage():
+    config = TrainConfig(trunk="resnet18", lr=0.1, trunk_lr_scale=0.5, trunk_lr_decay=0.1, frozen_stages=-1)
+    model = FPNSSD(ModelConfig(classes=("a",), trunk="resnet18", image_size=64, fpn_channels=16))
+    rates = {id(p): g["lr"] for g in build_optimizer(model, config, 0.1).param_groups for p in g["params"]}
+    names = ("layer4", "layer3", "layer2", "layer1")
+    of_stages = [rates[id(getattr(model.trunk, name)[0].conv1.weight)] for name in names]
+    assert of_stages == pytest.approx([0.05, 0.005, 0.0005, 0.00005])
+    assert rates[id(model.trunk.conv1.weight)] == pytest.approx(0.000005)
+    assert rates[id(model.fpn.laterals[0][0].weight)] == 0.1
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_step_that_found_infinity_changes_nothing(name):
+    """What train_step relies on: parameters and state stay, also if it is the very first step."""
+    model = tiny_model()
+    config = TrainConfig(trunk="resnet18", optimizer=name)
+    for first in (True, False):
+        optimizer = build_optimizer(model, config, 0.1)
+        optimizer.grad_scale = None
+        for found_inf in [1.0, 0.0, 1.0] if first else [0.0, 1.0]:
+            before = {key: value.clone() for key, value in model.state_dict().items()}
+            moments = [v.clone() for state in optimizer.state.values() for v in state.values()]
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan if found_inf else 0.1)
+            optimizer.found_inf = torch.tensor(found_inf)
+            optimizer.step()
+            same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+            assert same == bool(found_inf)
+            after = [v for state in optimizer.state.values() for v in state.values()]
+            if found_inf and moments:
+                assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_ema_by_hand():
+    model = tiny_model()
+    ema = EMA(model, decay=0.5)
+    weight, start = model.box_heads[0].bias, model.box_heads[0].bias.detach().clone()
+    good, bad = torch.tensor(1.0), torch.tensor(0.0)
+    nn.init.constant_(weight, 1.0)
+    ema.update(model, good)  # decay 1/10: nearly all of it is new
+    first = 0.1 * start + 0.9
+    torch.testing.assert_close(ema.module.box_heads[0].bias, first)
+    nn.init.constant_(weight, 5.0)
+    ema.update(model, bad)
+    torch.testing.assert_close(ema.module.box_heads[0].bias, first)
+    ema.update(model, good)  # the second update that counts: decay 2/11
+    torch.testing.assert_close(ema.module.box_heads[0].bias, 2 / 11 * first + 9 / 11 * 5.0)
+    ema.updates.fill_(1000)
+    ema.update(model, good)  # from now on 0.5
+    torch.testing.assert_close(ema.module.box_heads[0].bias, 0.5 * (2 / 11 * first + 9 / 11 * 5.0) + 2.5)
+    assert not any(p.requires_grad for p in ema.module.parameters())
+
+
+def test_batch_norm_over_processes_keeps_its_tensors():
+    for trunk in ("resnet18", "tf_efficientnet_lite0"):
+        model = tiny_model(trunk=trunk)
+        before = model.state_dict()
+        synchronise_batch_norm(model)
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        assert {k: v.data_ptr() for k, v in model.state_dict().items()} == {k: v.data_ptr() for k, v in before.items()}
+
+
+def test_classes_are_carried_over_by_name():
+    old, new = tiny_model(("cat", "dog", "cow")), tiny_model(("dog", "zebra", "cat"))
+    for parameter in old.parameters():
+        nn.init.normal_(parameter)
+    fresh = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    said = load_weights(new, old)
+    assert "zebra" in said
+    assert "cow" in said
+    for name, tensor in new.state_dict().items():
+        if not name.startswith("class_heads."):
+            assert torch.equal(tensor, old.state_dict()[name])
+    for head, of_old in zip(new.class_heads, old.class_heads, strict=True):
+        ours, theirs = head.bias.view(-1, 4), of_old.bias.view(-1, 4)
+        assert torch.equal(ours[:, [0, 1, 3]], theirs[:, [0, 2, 1]])  # background, dog, cat
+        ours, theirs = head.weight.view(-1, 4, 16, 3, 3), of_old.weight.view(-1, 4, 16, 3, 3)
+        assert torch.equal(ours[:, [0, 1, 3]], theirs[:, [0, 2, 1]])
+    assert torch.equal(new.class_heads[0].bias.view(-1, 4)[:, 2], fresh["class_heads.0.bias"].view(-1, 4)[:, 2])
+
+
+def test_what_does_not_fit_is_said():
+    new = tiny_model(fpn_channels=32)
+    said = load_weights(new, tiny_model())
+    assert "left out, not there or of another shape: fpn." in said
+    assert all(torch.isfinite(tensor).all() for tensor in new.state_dict().values())
