@@ -142,6 +142,10 @@ class Run:
             raise InputError(f"{path} cannot be resumed with another {'; '.join(refused)}: start another run (--name)")
         return changes
 
+    def means(self):
+        """{name: mean} of the running epoch's loss terms."""
+        return {name: total / self.sums["steps"] for name, total in self.sums.items() if name != "steps"}
+
     def write_log(self):
         """log.csv, a row an epoch, always as long as the checkpoint knows."""
         columns = list(dict.fromkeys(name for row in self.log for name in row))

@@ -109,21 +109,7 @@ class Training:
         self.num_steps = config.epochs * self.steps_per_epoch
         self.set_up_data(train_list)
 
-        torch.manual_seed(config.seed)
-        # A run that goes on has its weights: it needs no download.
-        trunk_weights = "none" if resume or config.weights else config.trunk_weights
-        model_config = ModelConfig(train_list.classes, config.trunk, config.image_size, config.fpn_channels)
-        model = FPNSSD(model_config, trunk_weights)
-        if config.weights and not resume:
-            said = load_weights(model, load_checkpoint(config.weights)["model"])
-            print(f"{config.weights}: {said}") if distributed.is_main() else None
-        model = model.to(device, memory_format=torch.channels_last)
-        freeze(model, config)
-        ema = EMA(model, config.ema_decay)
-        if config.batch_norm == "sync" and distributed.num_processes() > 1:
-            if device.type != "cuda":
-                raise InputError("batch_norm sync needs GPUs; frozen and train work everywhere")
-            synchronise_batch_norm(model)
+        model, ema = self.set_up_model(train_list.classes, resume)
         optimizer = build_optimizer(model, config, scaled_lr(config, step_images))
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.run = Run(config, model, ema, optimizer, scaler, train_list, step_images)
@@ -146,6 +132,26 @@ class Training:
         self.in_step = False
         self.unread = []  # (step, keys of its samples, numbers on the device), until the host looks
         self.last_save = time.monotonic()
+
+    def set_up_model(self, classes, resume):
+        """(model, EMA of it) on the device, with what it starts from, and what does not train frozen."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        # A run that goes on has its weights: it needs no download.
+        trunk_weights = "none" if resume or config.weights else config.trunk_weights
+        model = FPNSSD(ModelConfig(classes, config.trunk, config.image_size, config.fpn_channels), trunk_weights)
+        if config.weights and not resume:
+            said = load_weights(model, load_checkpoint(config.weights)["model"])
+            if distributed.is_main():
+                print(f"{config.weights}: {said}")
+        model = model.to(self.device, memory_format=torch.channels_last)
+        freeze(model, config)
+        ema = EMA(model, config.ema_decay)
+        if config.batch_norm == "sync" and distributed.num_processes() > 1:
+            if self.device.type != "cuda":
+                raise InputError("batch_norm sync needs GPUs; frozen and train work everywhere")
+            synchronise_batch_norm(model)
+        return model, ema
 
     def set_up_data(self, train_list):
         config = self.config
@@ -184,9 +190,9 @@ class Training:
         metrics = None
         if run.step >= self.num_steps and distributed.is_main():
             print(f"nothing left to do: all {config.epochs} epochs of {run.folder} are trained")
-        self.watch = Watch(run.folder, self.num_steps)
+        self.watch = Watch(run.folder, run.step, self.num_steps)
         try:
-            for epoch in range(run.step // self.steps_per_epoch, config.epochs):
+            for epoch in range(len(run.log), config.epochs):
                 row = self.train_epoch(epoch)
                 if self.stop.wanted and run.step < (epoch + 1) * self.steps_per_epoch:
                     break
@@ -230,19 +236,17 @@ class Training:
     # An epoch
 
     def train_epoch(self, epoch):
-        """One epoch, or what is left of it; returns its row of the log."""
-        run, first = self.run, self.run.step % self.steps_per_epoch
+        """One epoch, or what is left of it (nothing, if only its evaluation failed); returns its row of the log."""
+        run, first = self.run, self.run.step - epoch * self.steps_per_epoch
         self.sampler.epoch = epoch
         self.sampler.start = first * run.step_images
         set_train_mode(run.model)
-        start = time.perf_counter()
-        waited, read_from = 0.0, run.step
-        batches = iter(self.loader)
+        clock = Clock(run.step)
+        batches = iter(self.loader) if first < self.steps_per_epoch else None
         with self.watch.epoch(epoch, self.steps_per_epoch, first):
-            for _ in range(first, self.steps_per_epoch):
-                before = time.perf_counter()
-                step_batches = [next(batches) for _ in range(self.accumulate)]
-                waited += time.perf_counter() - before
+            for number in range(first, self.steps_per_epoch):
+                with clock.waiting():
+                    step_batches = [next(batches) for _ in range(self.accumulate)]
                 if run.step < 3 and distributed.is_main():
                     self.watch.first_batches(step_batches[0], run.model.config.classes, run.step)
                 factor = lr_factor(run.step, self.config, self.num_steps)
@@ -250,29 +254,26 @@ class Training:
                 self.unread.append((run.step, *self.train_step(step_batches, factor)))
                 run.step += 1
                 self.in_step = False
-                is_last = run.step % self.steps_per_epoch == 0
-                looks = run.step % self.config.log_every == 0 or is_last
-                stops = self.stop.wanted and distributed.num_processes() == 1
-                due = time.monotonic() - self.last_save > 60 * self.config.save_minutes
-                if looks or stops or due:
-                    self.read_steps()
-                    means = {name: total / run.sums["steps"] for name, total in run.sums.items() if name != "steps"}
-                    seconds = time.perf_counter() - start
-                    speed = (run.step - epoch * self.steps_per_epoch - first) * run.step_images / seconds
-                    lr = run.optimizer.param_groups[-1]["lr"]  # of the heads
-                    self.watch.steps(run.step, run.step - read_from, means, lr, speed, waited / seconds)
-                    read_from = run.step
-                if due and not is_last:
-                    self.save()
-                if looks and distributed.num_processes() > 1:  # they have to stop at the same step
-                    self.stop.wanted = distributed.from_main(self.stop.wanted)
-                    stops = self.stop.wanted
-                if stops and not is_last:
-                    self.save()
+                if self.look(clock, is_last=number + 1 == self.steps_per_epoch):
                     break
-        row = {"epoch": epoch + 1, "step": run.step, "lr": lr}
-        row |= {f"loss_{name}": mean for name, mean in means.items()}
-        return row | {"images_per_s": speed, "seconds": seconds, "share_waiting": waited / seconds}
+        row = {"epoch": epoch + 1, "step": run.step, "lr": run.optimizer.param_groups[-1]["lr"]}  # of the heads
+        row |= {f"loss_{name}": mean for name, mean in run.means().items()}
+        return row | clock.read(run)
+
+    def look(self, clock, is_last):
+        """After a step: every log_every steps, and when it is time to save, the host looks; True to stop here."""
+        run, config = self.run, self.config
+        looks = run.step % config.log_every == 0 or is_last
+        stops = self.stop.wanted and distributed.num_processes() == 1
+        due = time.monotonic() - self.last_save > 60 * config.save_minutes
+        if looks or stops or due:
+            self.read_steps()
+            self.watch.steps(run, clock.read(run))
+        if looks and distributed.num_processes() > 1:  # they have to stop at the same step
+            stops = self.stop.wanted = distributed.from_main(self.stop.wanted)
+        if (stops or due) and not is_last:  # the end of an epoch saves anyway
+            self.save()
+        return stops
 
     def train_step(self, batches, factor):
         """Forward, loss, backward, update; nothing here waits for the device.
@@ -411,6 +412,24 @@ def to_device(batch, device):
     tensors = {k: batch[k].to(device, non_blocking=True) for k in ("boxes_unit", "labels", "difficult", "crowd")}
     image = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return {**tensors, "image": image}
+
+
+class Clock:
+    """How fast an epoch goes, and how much of it is waiting for data."""
+
+    def __init__(self, step):
+        self.start, self.first, self.waited = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def read(self, run):
+        seconds = time.perf_counter() - self.start
+        speed = (run.step - self.first) * run.step_images / seconds
+        return {"images_per_s": speed, "seconds": seconds, "share_waiting": self.waited / seconds}
 
 
 class StopOnSignal:

@@ -26,15 +26,15 @@ SHOWN_IMAGES = 8
 class Watch:
     """Told of every step that was read, epoch and evaluation; only the main process's says anything."""
 
-    def __init__(self, folder, num_steps):
-        self.folder, self.num_steps = folder, num_steps
+    def __init__(self, folder, step, num_steps):
+        self.folder, self.shown, self.num_steps = folder, step, num_steps
         self.bar = None
         self.last_line = time.perf_counter()
         self.board = None
         if is_main() and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only where it is installed
 
-            self.board = SummaryWriter(folder)
+            self.board = SummaryWriter(folder, purge_step=step)  # what a killed run wrote beyond it is taken back
 
     @contextlib.contextmanager
     def epoch(self, epoch, steps, done):
@@ -43,22 +43,25 @@ class Watch:
         ) as self.bar:
             yield
 
-    def steps(self, step, done, terms, lr, speed, waiting):
-        """After `done` more steps, of which `terms` are the means; speed in images/s, waiting a share of the time."""
+    def steps(self, run, pace):
+        """After some more steps of a Run; pace: images_per_s, seconds and share_waiting of this epoch."""
         if not is_main():
             return
+        terms, speed, waiting = run.means(), pace["images_per_s"], pace["share_waiting"]
+        left = tqdm.format_interval((self.num_steps - run.step) * run.step_images / max(speed, 1e-9))
         said = {name: f"{value:.3f}" for name, value in terms.items()}
-        said |= {"images/s": f"{speed:.1f}", "waits": f"{waiting:.0%}", "GiB": f"{memory_in_use():.1f}"}
-        self.bar.update(done)
-        left = (self.num_steps - step) / max(self.bar.format_dict["rate"] or 0, 1e-9) if not self.bar.disable else None
-        self.bar.set_postfix({**said, **({"left": tqdm.format_interval(left)} if left else {})})
+        said |= {"images/s": f"{speed:.1f}", "waiting": f"{waiting:.0%}", "GiB": f"{memory_in_use():.1f}", "left": left}
+        self.bar.update(run.step - self.shown)
+        self.bar.set_postfix(said)
+        self.shown = run.step
         if self.bar.disable and time.perf_counter() - self.last_line > LINE_EVERY:
             self.last_line = time.perf_counter()
-            print(f"step {step}/{self.num_steps}: " + ", ".join(f"{k} {v}" for k, v in said.items()), flush=True)
+            print(f"step {run.step}/{self.num_steps}: " + ", ".join(f"{k} {v}" for k, v in said.items()), flush=True)
         if self.board:
             values = {f"loss/{name}": value for name, value in terms.items()}
-            for name, value in {**values, "lr": lr, "images_per_s": speed, "share_waiting": waiting}.items():
-                self.board.add_scalar(name, value, step)
+            values |= {"lr": run.optimizer.param_groups[-1]["lr"], "images_per_s": speed, "share_waiting": waiting}
+            for name, value in values.items():
+                self.board.add_scalar(name, value, run.step)
 
     def first_batches(self, batch, classes, step):
         picture = draw_batch(batch, classes)

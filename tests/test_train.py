@@ -390,6 +390,18 @@ def snapshot(run):
     return {k: v.clone() for k, v in state.items()}, [v.clone() for v in moments]
 
 
+def test_a_failure_of_the_evaluation_loses_no_epoch(drawn, in_tmp, monkeypatch):
+    """A photograph that is missing there is found after the epoch: mended, the run ends as one that never failed."""
+    shutil.copytree(drawn / "voc" / "JPEGImages", "photos")
+    train(tiny_config(drawn, name="straight", images="photos"))
+    Path("photos/val_00002.jpg").rename("elsewhere.jpg")
+    with pytest.raises(TrainingStopped, match=r"val_00002\.jpg is missing.*Step 3 of runs/stopped is saved"):
+        train(tiny_config(drawn, name="stopped", images="photos"))
+    Path("elsewhere.jpg").rename("photos/val_00002.jpg")
+    train(tiny_config(drawn, name="stopped", images="photos"), resume=True)
+    same_end("straight", "stopped")
+
+
 def test_out_of_gpu_memory(drawn, in_tmp, monkeypatch):
     def full(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
