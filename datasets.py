@@ -288,10 +288,14 @@ def hash_file(path):
 
 
 @contextlib.contextmanager
-def open_image(path):
-    """A PIL image, not yet decoded, for a with block; what goes wrong inside is a DataError that names the file."""
+def open_image(path, name=None):
+    """A PIL image, not yet decoded, for a with block; what goes wrong inside is a DataError that names the file.
+
+    path: or an open file, with a name for it.
+    """
+    file, path = path, name or path
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             yield image

@@ -1,68 +1,242 @@
-"""Finds objects in photographs: annotated copies and a list of what is where.
+"""Finds objects in photographs: annotated copies, and what is where in the form that you need.
 
-    python detect.py photo.jpg --checkpoint runs/lite/best.pth.tar --min-score 0.25
+    python detect.py photo.jpg                              # detected_img/photo.jpg, and a line an object
+    python detect.py holiday/ "more/*.png" --checkpoint runs/lite/best.pth.tar --json found.jsonl
+    cat photo.jpg | python detect.py - --json - --no-pictures
 
-writes detected_img/photo.jpg. In Python, with torch's safe loading left on:
+In Python, with torch's safe loading left on:
 
     from detect import detect
     checkpoint = torch.load("runs/lite/best.pth.tar")
     model = checkpoint["model"].to(device)
     annotated = detect(image, min_score=0.25, max_overlap=0.5, top_k=200)  # PIL in, PIL out; model=... optional
+
+For boxes rather than pictures: load_detector(path).predict(images), in detector.py.
 """
 
 import argparse
+import contextlib
+import glob
+import json
 import sys
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
+from tqdm import tqdm
 
-from datasets import DataError, fit_image, read_image, to_rgb
-from model import DEFAULT_CHECKPOINT, FPNSSD, last_loaded_model, load_checkpoint, postprocess
-from utils import InputError, autocast, class_colour, pick_device, pick_precision, whole_number, written_whole
+from datasets import DataError
+from detections import write_voc_xml, write_yolo
+from detector import RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
+from draw import annotate
+from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
+from utils import InputError, explain, whole_number, written_whole
 
-_model_in_use = None
+__all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+_in_use = (None, None)  # the model that detect() used last, and its Detector
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In Python
+
+
+def detect(image, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, model=None):
+    """An annotated copy of a picture (see detector.as_image) as a PIL image.
+
+    suppress: names of classes to leave out. model: an FPNSSD or a Detector; without it the one last loaded in this
+    process, else the one that ships, and which one it is gets printed when it changes.
+    """
+    picture = as_image(image)
+    return annotate(picture, _detector(model).predict(picture, min_score, max_overlap, top_k, suppress))
+
+
+def predict(images, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, model=None):
+    """Detections of a picture, or a list of them for a list; `model` as for detect."""
+    return _detector(model).predict(images, min_score, max_overlap, top_k, suppress)
+
+
+def _detector(model):
+    global _in_use
+    if isinstance(model, Detector):
+        return model
+    if model is None:
+        model, source = last_loaded_model(), "the model last loaded"
+        if model is None:
+            model, source = load_checkpoint(DEFAULT_CHECKPOINT)["model"], DEFAULT_CHECKPOINT
+        if _in_use[0] is not model:
+            _in_use = (model, load_detector(model))
+            about = _in_use[1].config
+            print(f"detect: using {source} ({about.trunk}, {len(about.classes)} classes)", file=sys.stderr)
+        return _in_use[1]
+    return load_detector(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the command line
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        model = load_checkpoint(args.checkpoint)["model"].to(pick_device(args.device))
+        check_knobs(args.min_score, args.max_overlap, args.top_k)
+        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
+        suppress = classes_to_suppress(args, detector.classes)
+        sources = list(find_sources(args.images))
+        with Writers(args, detector.classes, sources) as writers:
+            for source, picture, found in tqdm(
+                answers(detector, sources, args, suppress, writers), total=len(sources), unit="picture", disable=None
+            ):
+                writers.write(source, picture, found)
     except (InputError, OSError) as error:
-        sys.exit(f"detect: {error}")
-    failures, taken = 0, set()
-    photographs = {Path(name).resolve() for name in args.images}
-    for name in args.images:
-        try:
-            image = read_image(name, apply_exif=True)
-            detections = find_objects(image, model, args.min_score, args.max_overlap, args.top_k)
-            written = Path(args.out) / free_name(Path(name).name, taken)
-            if written.resolve() in photographs:
-                raise DataError(f"{written} is itself one of the photographs: choose another --out")
-            with written_whole(written) as temporary:
-                annotate(image, detections, model.config.classes).save(temporary, picture_format(written), quality=92)
-        except (InputError, OSError) as error:
-            failures += 1
-            print(f"detect: {error}", file=sys.stderr)
-            continue
-        print(f"{name} -> {written}: {len(detections['scores'])} objects")
-        for line in describe(detections, model.config.classes):
-            print(f"  {line}")
-    return sys.exit(1) if failures else None
+        sys.exit(f"detect: {explain(error)}")
+    if writers.failures:
+        sys.exit(1)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, globs, or - for standard input")
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
     parser.add_argument("--out", default="detected_img", help="folder that gets the annotated copies")
+    parser.add_argument("--no-pictures", action="store_true", help="write no annotated copies")
+    parser.add_argument("--json", metavar="FILE", help="gets a line of JSON a picture; - is standard output")
+    parser.add_argument("--coco", metavar="FILE", help="gets all detections in COCO's result format, ids from 1")
+    parser.add_argument("--voc-xml", metavar="FOLDER", help="gets VOC's XML, one file a picture")
+    parser.add_argument("--yolo", metavar="FOLDER", help="gets YOLO's txt, one file a picture, with the score last")
+    parser.add_argument("--crops", metavar="FOLDER", help="gets what was found, cut out, in a folder a class")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="look for these alone")
+    parser.add_argument("--suppress", nargs="+", default=[], metavar="NAME", help="leave these out")
     parser.add_argument("--min-score", type=float, default=0.25)
     parser.add_argument("--max-overlap", type=float, default=0.5)
     parser.add_argument("--top-k", type=whole_number(1), default=200)
+    parser.add_argument("--batch-size", type=whole_number(1), default=8)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--runtime", default="auto", choices=RUNTIMES)
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     return parser.parse_args(argv)
+
+
+def classes_to_suppress(args, classes):
+    unknown = sorted(set(args.classes + args.suppress) - set(classes))
+    if unknown:
+        raise InputError(f"no class {', '.join(unknown)}: the model knows {', '.join(classes)}")
+    left_out = {name for name in classes if args.classes and name not in args.classes}
+    return sorted(left_out | set(args.suppress))
+
+
+def find_sources(names):
+    """Paths of pictures, and "-", in the order asked for; folders give what is in them, sorted."""
+    for name in names:
+        path = Path(name)
+        if name == "-":
+            yield name
+        elif path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError(f"folder {name} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            yield from map(str, inside)
+        elif not path.exists() and glob.has_magic(name):
+            matching = sorted(glob.glob(name, recursive=True))
+            if not matching:
+                raise InputError(f"nothing matches {name!r}")
+            yield from matching
+        else:
+            yield name
+
+
+def answers(detector, sources, args, suppress, writers):
+    """(source, picture, Detections) of all that can be read; the others are said, and counted."""
+    batch = []
+
+    def flush():
+        found = detector.predict([p for _, p in batch], args.min_score, args.max_overlap, args.top_k, suppress)
+        for (source, picture), one in zip(batch, found, strict=True):
+            one.source = source
+            yield source, picture, one
+        batch.clear()
+
+    for source in sources:
+        try:
+            batch.append((source, as_image(sys.stdin.buffer.read() if source == "-" else source)))
+        except (InputError, OSError) as error:
+            writers.fail(error)
+        if len(batch) == args.batch_size:
+            yield from flush()
+    if batch:
+        yield from flush()
+
+
+class Writers:
+    """Everything that was asked for, written picture after picture; what failed is counted."""
+
+    def __init__(self, args, classes, sources):
+        self.args, self.classes = args, classes
+        self.photographs = {Path(source).resolve() for source in sources}
+        self.taken, self.coco, self.count, self.failures = set(), [], 0, 0
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        self.lines = None
+        if self.args.json:
+            to_stdout = self.args.json == "-"
+            self.lines = (
+                sys.stdout if to_stdout else self.stack.enter_context(open(self.args.json, "w", encoding="utf-8"))
+            )
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.stack.close()
+        if self.args.coco and kind is None:
+            with written_whole(self.args.coco) as temporary:
+                Path(temporary).write_text(json.dumps(self.coco), encoding="utf-8")
+
+    def fail(self, error):
+        self.failures += 1
+        tqdm.write(f"detect: {explain(error)}", file=sys.stderr)
+
+    def write(self, source, picture, found):
+        self.count += 1
+        name = free_name("stdin.jpg" if source == "-" else Path(source).name, self.taken)
+        said = f"{source}: {len(found)} objects"
+        try:
+            if not self.args.no_pictures:
+                path = self.save_picture(Path(self.args.out) / name, annotate(picture, found))
+                said = f"{source} -> {path}: {len(found)} objects"
+            if self.args.voc_xml:
+                write_voc_xml(Path(self.args.voc_xml) / f"{Path(name).stem}.xml", found, name)
+            if self.args.yolo:
+                write_yolo(Path(self.args.yolo) / f"{Path(name).stem}.txt", found)
+            if self.args.crops:
+                self.save_crops(name, picture, found)
+        except (InputError, OSError) as error:
+            self.fail(error)
+        self.coco += found.to_coco(self.count)
+        if self.lines:
+            print(json.dumps(found.to_dict()), file=self.lines, flush=True)
+        if self.lines is not sys.stdout:
+            tqdm.write("\n".join([said, *(f"  {line}" for line in describe(found))]), file=sys.stdout)
+
+    def save_picture(self, path, picture):
+        if path.resolve() in self.photographs:
+            raise DataError(f"{path} is itself one of the photographs: choose another --out")
+        with written_whole(path) as temporary:
+            picture.save(temporary, picture_format(path), quality=92)
+        return path
+
+    def save_crops(self, name, picture, found):
+        for number, (box, _, _, label) in enumerate(found.rows(), start=1):
+            left, top, right, bottom = (round(edge) for edge in box)
+            part = picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+            self.save_picture(Path(self.args.crops) / label / f"{Path(name).stem}_{number}.jpg", part)
+
+
+def describe(found):
+    """A line an object: 'dog 0.93 at 12,40,200,310' (left, top, right, bottom in pixels)."""
+    for box, score, _, name in found.rows():
+        yield f"{name} {score:.2f} at {','.join(str(round(edge)) for edge in box)}"
 
 
 def free_name(file_name, taken):
@@ -80,91 +254,6 @@ def picture_format(path):
     Image.init()
     name = Image.registered_extensions().get(path.suffix.lower(), "JPEG")
     return name if name in Image.SAVE else "JPEG"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Detecting
-
-
-def detect(image, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, model=None):
-    """An annotated copy of a PIL image.
-
-    suppress: names of classes to leave out. model: an FPNSSD; without it the one last loaded in this process, else the
-    one that ships, and which one it is gets printed when it changes.
-    """
-    model = model if model is not None else _default_model()
-    unknown = sorted(set(suppress or ()) - set(model.config.classes))
-    if unknown:
-        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(model.config.classes)}")
-    image = to_rgb(ImageOps.exif_transpose(image))
-    detections = find_objects(image, model, min_score, max_overlap, top_k, suppress)
-    return annotate(image, detections, model.config.classes)
-
-
-def _default_model():
-    global _model_in_use
-    model, source = last_loaded_model(), "the model last loaded"
-    if model is None:
-        model, source = load_checkpoint(DEFAULT_CHECKPOINT)["model"], DEFAULT_CHECKPOINT
-    if model is not _model_in_use:
-        print(f"detect: using {source} ({model.config.trunk}, {len(model.config.classes)} classes)", file=sys.stderr)
-    _model_in_use = model
-    return model
-
-
-@torch.no_grad()
-def find_objects(image, model: FPNSSD, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None):
-    """Detections in an RGB PIL image: boxes (m, 4) in its pixels, scores, labels (m,), best first, on the CPU."""
-    device = model.priors.device
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast(device, pick_precision("auto", device)):
-            offsets, logits = model(fit_image(image, model.config.image_size)[None].to(device))
-    finally:
-        model.train(was_training)
-    for name in suppress or ():
-        # Its share goes to background: spread over the other classes it would raise their scores.
-        label = model.config.classes.index(name) + 1
-        logits[..., 0] = torch.logaddexp(logits[..., 0], logits[..., label])
-        logits[..., label] = -torch.inf
-    size = (image.height, image.width)
-    (detections,) = postprocess(offsets, logits, model.priors, [size], min_score, max_overlap, top_k)
-    return {name: tensor.cpu() for name, tensor in detections.items()}
-
-
-def describe(detections, classes):
-    """A line an object: 'dog 0.93 at 12,40,200,310' (left, top, right, bottom in pixels)."""
-    for box, score, label in _rows(detections):
-        yield f"{classes[label - 1]} {score:.2f} at {','.join(str(round(edge)) for edge in box)}"
-
-
-def _rows(detections):
-    return zip(detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
-def annotate(image, detections, classes):
-    """A copy of the PIL image with boxes and labels, drawn to scale; the best detection is drawn last, on top."""
-    picture = image.convert("RGB").copy()
-    draw = ImageDraw.Draw(picture)
-    unit = max(picture.width, picture.height)
-    line, font = max(2, round(unit / 250)), ImageFont.load_default(size=max(11, round(unit / 40)))
-    for box, score, label in reversed(list(_rows(detections))):
-        colour = class_colour(label)
-        draw.rectangle(box, outline=colour, width=line)
-        text = f"{classes[label - 1]} {score:.2f}"
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        width, height = right - left + 2 * line, bottom - top + 2 * line
-        x = max(0, min(box[0], picture.width - width))
-        y = box[1] - height if box[1] >= height else min(box[1], picture.height - height)  # above, else just inside
-        draw.rectangle([x, y, x + width, y + height], fill=colour)
-        luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-        draw.text((x + line - left, y + line - top), text, font=font, fill="black" if luma > 128 else "white")
-    return picture
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
@@ -39,6 +40,38 @@ def write_voc(folder, data_list, detections, split):
     for label, name in enumerate(data_list.classes, start=1):
         with written_whole(Path(folder) / f"comp4_det_{split}_{name}.txt") as temporary:
             Path(temporary).write_text("".join(lines[label]), encoding="utf-8")
+
+
+def write_voc_xml(path, found, file_name):
+    """One picture's detector.Detections as a VOC annotation: 1-based inclusive corners, and the score beside them."""
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = file_name
+    size = ElementTree.SubElement(root, "size")
+    for name, value in (("width", found.size[1]), ("height", found.size[0]), ("depth", 3)):
+        ElementTree.SubElement(size, name).text = str(value)
+    for (x0, y0, x1, y1), score, _, name in found.rows():
+        one = ElementTree.SubElement(root, "object")
+        box = {"xmin": x0 + 1, "ymin": y0 + 1, "xmax": x1, "ymax": y1}
+        for tag, text in (("name", name), ("difficult", "0"), ("score", f"{score:.6f}")):
+            ElementTree.SubElement(one, tag).text = text
+        corners = ElementTree.SubElement(one, "bndbox")
+        for tag, value in box.items():
+            ElementTree.SubElement(corners, tag).text = f"{value:.3f}"
+    ElementTree.indent(root)
+    with written_whole(path) as temporary:
+        ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
+
+
+def write_yolo(path, found):
+    """The same as YOLO's txt: class from 0, centre and sides in 0..1 of the picture, score."""
+    height, width = found.size
+    lines = [
+        f"{label - 1} {(x0 + x1) / 2 / width:.6f} {(y0 + y1) / 2 / height:.6f} "
+        f"{(x1 - x0) / width:.6f} {(y1 - y0) / height:.6f} {score:.6f}\n"
+        for (x0, y0, x1, y1), score, label, _ in found.rows()
+    ]
+    with written_whole(path) as temporary:
+        Path(temporary).write_text("".join(lines), encoding="utf-8")
 
 
 def _rows(result):

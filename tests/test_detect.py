@@ -1,5 +1,6 @@
 """The published usage in a fresh process, the command line, and pictures that people can read."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detect import annotate, detect, find_objects, free_name, main
+from create_data_lists import parse_voc_xml
+from detect import annotate, detect, free_name, main, predict
+from detector import Detections
+from draw import overlap, place_label
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
 from utils import class_colour
 
@@ -103,41 +107,115 @@ def test_photographs_are_never_overwritten(folder, tmp_path, capsys):
     assert other.read_bytes() == before
 
 
-def test_suppressed_classes_are_gone(folder):
+def test_every_form_of_answer(folder, tmp_path, capsys):
+    (folder / "few").mkdir(exist_ok=True)
+    for name in ("a.jpg", "b.png"):
+        Image.open(folder / "photo.jpg").save(folder / "few" / name)
+    forms = {name: str(tmp_path / name) for name in ("json", "coco", "voc-xml", "yolo", "crops", "out")}
+    arguments = [text for name, path in forms.items() for text in (f"--{name}", path)]
+    main([str(folder / "few"), "--checkpoint", str(folder / "small.pth.tar"), *arguments, "--min-score", "0.1"])
+    found = [json.loads(line) for line in (tmp_path / "json").read_text().splitlines()]
+    assert [Path(one["source"]).name for one in found] == ["a.jpg", "b.png"]
+    objects = found[0]["objects"]
+    assert len(objects) > 1
+    coco = json.loads((tmp_path / "coco").read_text())
+    assert [row["image_id"] for row in coco] == [1] * len(objects) + [2] * len(found[1]["objects"])
+    x0, y0, x1, y1 = objects[0]["box"]
+    assert coco[0]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+    assert coco[0]["category_id"] == objects[0]["label"]
+    # The XML is read back by the reader of annotations, which undoes VOC's counting from one.
+    (size, raw) = parse_voc_xml(tmp_path / "voc-xml" / "a.xml")
+    assert size == (360, 480)
+    assert [one.name for one in raw] == [one["name"] for one in objects]
+    assert raw[0].box == pytest.approx(objects[0]["box"], abs=0.01)
+    label, cx, cy, width, height, score = map(float, (tmp_path / "yolo" / "a.txt").read_text().splitlines()[0].split())
+    assert (label, score) == (objects[0]["label"] - 1, pytest.approx(objects[0]["score"], abs=1e-6))
+    assert ((cx - width / 2) * 480, (cy + height / 2) * 360) == pytest.approx((x0, y1), abs=0.01)
+    crops = list((tmp_path / "crops").glob("*/a_*.jpg"))
+    assert len(crops) == len(objects)
+    with Image.open(tmp_path / "crops" / objects[0]["name"] / "a_1.jpg") as crop:
+        assert crop.size == (round(x1) - round(x0), round(y1) - round(y0))
+
+
+def test_standard_input_and_output(folder):
+    code = "import detect; detect.main(['-', '--checkpoint', 'small.pth.tar', '--json', '-', '--no-pictures'])"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    with open(folder / "photo.jpg", "rb") as photograph:
+        result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, stdin=photograph)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["width"] == 480
+    assert not (folder / "detected_img").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing*.jpg"], "nothing matches"),
+        (["empty"], "folder empty holds no picture"),
+        (["photo.jpg", "--classes", "cow"], "no class cow: the model knows cat, dog"),
+        (["photo.jpg", "--min-score", "2"], "min_score is 2.0"),
+        (["photo.jpg", "--runtime", "onnx"], "is for the runtime torch, not onnx"),
+        (["photo.jpg", "--checkpoint", "none.pth.tar"], "no checkpoint 'none.pth.tar'"),
+    ],
+)
+def test_bad_command_lines_are_named(folder, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir(exist_ok=True)
+    checkpoint = [] if "--checkpoint" in arguments else ["--checkpoint", "small.pth.tar"]
+    with pytest.raises(SystemExit, match=said):
+        main([*arguments, *checkpoint, "--out", str(tmp_path)])
+
+
+def test_classes_that_are_chosen_or_suppressed(folder, tmp_path, capsys):
+    for flags in (["--classes", "dog"], ["--suppress", "cat"]):
+        arguments = ["--checkpoint", str(folder / "small.pth.tar"), "--json", str(tmp_path / "x"), "--no-pictures"]
+        main([str(folder / "photo.jpg"), *arguments, "--min-score", "0.1", *flags])
+        assert {one["name"] for one in json.loads((tmp_path / "x").read_text())["objects"]} == {"dog"}
+
+
+def test_predict_and_detect_agree(folder):
     model = load_checkpoint(folder / "small.pth.tar")["model"]
     image = Image.open(folder / "photo.jpg")
-    labels = find_objects(image, model, min_score=0.1)["labels"].unique().tolist()
-    assert labels == [1, 2]
-    everything = find_objects(image, model, min_score=0.1, top_k=10_000)
-    without = find_objects(image, model, min_score=0.1, top_k=10_000, suppress=["cat"])
-    assert without["labels"].unique().tolist() == [2]
-    dogs = everything["labels"] == 2
-    torch.testing.assert_close(without["scores"], everything["scores"][dogs])  # no dog gains from it
-    torch.testing.assert_close(without["boxes"], everything["boxes"][dogs])
+    found = predict(image, model=model)
+    assert isinstance(found, Detections)
+    assert detect(image, model=model).tobytes() == annotate(image.convert("RGB"), found).tobytes()
+    assert [len(one) for one in predict([image, image], model=model)] == [len(found)] * 2
     with pytest.raises(ValueError, match="cannot suppress cow"):
         detect(image, suppress=["cow"], model=model)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_other_kinds_of_pictures(folder, mode):
-    model = load_checkpoint(folder / "small.pth.tar")["model"]
-    image = Image.open(folder / "photo.jpg").convert(mode)
-    assert detect(image, model=model).mode == "RGB"
 
 
 def test_boxes_and_labels_are_drawn_inside_the_picture():
     image = Image.new("RGB", (300, 200), "gray")
     box = [40.0, 50.0, 200.0, 150.0]
-    detections = {"boxes": torch.tensor([box]), "scores": torch.tensor([0.875]), "labels": torch.tensor([2])}
-    picture = annotate(image, detections, ("cat", "dog"))
+
+    def found(box):
+        return Detections(torch.tensor([box]), torch.tensor([0.875]), torch.tensor([2]), ["dog"], (200, 300))
+
+    picture = annotate(image, found(box))
     assert picture.getpixel((120, 150)) == class_colour(2)  # the lower edge
     assert picture.getpixel((41, 100)) == class_colour(2)
     assert picture.getpixel((120, 100)) == (128, 128, 128)  # the inside is left alone
     # The label at the corner of the frame moves inside: its plate covers as many pixels as in the middle.
     for corner in ([-5.0, -5.0, 300.0, 200.0], [280.0, 190.0, 300.0, 200.0]):
-        detections["boxes"] = torch.tensor([corner])
-        plate = (np.asarray(annotate(image, detections, ("cat", "dog"))) == class_colour(2)).all(axis=2)
+        plate = (np.asarray(annotate(image, found(corner))) == class_colour(2)).all(axis=2)
         assert plate.sum() > 400
+
+
+def test_labels_keep_off_each_other():
+    """Ten boxes on one place: labels do not overlap while there is room, and stay in the picture."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        taken = []
+        for _ in range(5):
+            box = [*rng.uniform(0, 100, 2), *rng.uniform(150, 300, 2)]
+            taken.append(place_label(box, (60, 15), (300, 300), taken))
+            left, top, right, bottom = taken[-1]
+            assert 0 <= left < right <= 300
+            assert 0 <= top < bottom <= 300
+    same = []
+    for _ in range(5):
+        same.append(place_label([100, 100, 200, 200], (40, 15), (300, 300), same))
+    assert not any(overlap(a, b) for number, a in enumerate(same) for b in same[:number])
 
 
 def test_colours_differ():

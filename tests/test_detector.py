@@ -1,0 +1,192 @@
+"""Pictures of every kind in, the same answer out; alone, in batches, from threads; nothing given is changed."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import DataError
+from detector import Detections, as_image, load_detector
+from model import FPNSSD, ModelConfig, save_checkpoint
+from utils import InputError
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """Of a network that finds something in noise."""
+    torch.manual_seed(0)
+    model = FPNSSD(ModelConfig(("cat", "dog"), "resnet18", image_size=64, fpn_channels=16))
+    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
+    path = tmp_path_factory.mktemp("detector") / "small.pth.tar"
+    save_checkpoint(path, model)
+    return load_detector(path)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((120, 90)))  # (90, 120, 3)
+
+
+def same(one, other):
+    assert one.names == other.names
+    assert one.size == other.size
+    torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
+
+
+def encoded(image, form, **how):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **how)
+    return buffer.getvalue()
+
+
+def test_one_picture_in_many_forms(detector, pixels, tmp_path):
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    expected = detector.predict(image)
+    assert len(expected) > 3
+    unit = pixels.astype(np.float32) / 255
+    forms = [
+        pixels, unit, pixels.astype(np.uint16) * 257, tmp_path / "a.png", str(tmp_path / "a.png"),
+        encoded(image, "PNG"), bytearray(encoded(image, "PNG")), torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        torch.from_numpy(unit.copy()).permute(2, 0, 1), image.convert("RGBA"), np.asarray(image.convert("RGBA")),
+    ]  # fmt: skip
+    for form in forms:
+        before = (
+            form.copy() if isinstance(form, np.ndarray) else form.clone() if isinstance(form, torch.Tensor) else form
+        )
+        found = detector.predict(form)
+        same(found, expected)
+        if isinstance(form, np.ndarray):
+            np.testing.assert_array_equal(form, before)
+        elif isinstance(form, torch.Tensor):
+            assert torch.equal(form, before)
+    assert detector.predict(str(tmp_path / "a.png")).source == str(tmp_path / "a.png")
+    for mode in ("L", "P", "CMYK", "1", "I;16", "LA"):
+        kind = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+        before = kind.tobytes()
+        assert detector.predict(kind).size == (90, 120)
+        assert kind.tobytes() == before
+
+
+def test_grey_in_many_forms():
+    grey = np.arange(60, dtype=np.uint8).reshape(6, 10) * 4
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    for form in (grey, grey[..., None], torch.from_numpy(grey)[None], grey.astype(np.uint16) * 257, grey / 255.0):
+        np.testing.assert_array_equal(np.asarray(as_image(form)), expected)
+
+
+def test_exif_turns_the_picture(detector, pixels):
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: to be shown turned by 90 degrees
+    lying = encoded(image.rotate(90, expand=True), "PNG", exif=exif)
+    same(detector.predict(lying), detector.predict(image))
+    opened = Image.open(io.BytesIO(lying))
+    before = opened.tobytes()
+    assert detector.predict(opened).size == (90, 120)
+    assert opened.tobytes() == before
+
+
+def test_batches_of_mixed_sizes(detector, pixels):
+    pictures = [Image.fromarray(pixels).resize(size) for size in ((120, 90), (40, 200), (300, 300), (1, 1), (64, 64))]
+    together = detector.predict(pictures, batch_size=2)
+    for picture, found in zip(pictures, together, strict=True):
+        same(found, detector.predict(picture))
+    assert detector.predict([]) == []
+
+
+def test_threads_get_their_own_answers(detector, pixels):
+    pictures = [Image.fromarray(np.roll(pixels, 7 * k, axis=1)) for k in range(12)]
+    expected = [detector.predict(picture) for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(detector.predict, pictures), expected, strict=True):
+            same(found, wanted)
+
+
+def test_suppressed_classes_go_to_background(detector, pixels):
+    everything = detector.predict(pixels, min_score=0.1, top_k=10_000)
+    without = detector.predict(pixels, min_score=0.1, top_k=10_000, suppress=["cat"])
+    assert set(everything.names) == {"cat", "dog"}
+    assert set(without.names) == {"dog"}
+    dogs = everything.labels == 2
+    torch.testing.assert_close(without.scores, everything.scores[dogs])  # no dog gains from it
+    torch.testing.assert_close(without.boxes, everything.boxes[dogs])
+
+
+def test_other_forms_of_the_answer():
+    found = Detections(
+        torch.tensor([[1.0, 2, 4, 8]]), torch.tensor([0.5]), torch.tensor([2]), ["dog"], (10, 20), "a.jpg"
+    )
+    assert found.to_dict() == {
+        "source": "a.jpg", "height": 10, "width": 20,
+        "objects": [{"name": "dog", "label": 2, "score": 0.5, "box": [1, 2, 4, 8]}],
+    }  # fmt: skip
+    row = {"image_id": 7, "bbox": [1, 2, 3, 6], "score": 0.5}
+    assert found.to_coco(7) == [{**row, "category_id": 2}]
+    assert found.to_coco(7, category_ids=(11, 18)) == [{**row, "category_id": 18}]
+    supervision = pytest.importorskip("supervision")
+    theirs = found.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    assert (theirs.class_id.tolist(), theirs.data["class_name"].tolist()) == ([1], ["dog"])
+    assert theirs.xyxy.tolist() == [[1, 2, 4, 8]]
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        (np.zeros((2, 3, 5), np.uint8), r"shape \(2, 3, 5\)"),
+        (np.zeros((0, 3, 3), np.uint8), r"shape \(0, 3, 3\)"),
+        (np.full((3, 3, 3), 2.0), "floats has to lie in 0..1"),
+        (np.full((3, 3, 3), np.nan), "floats has to lie in 0..1"),
+        (np.zeros((3, 3, 3), np.int64), "array of int64"),
+        (torch.zeros(3, 3), r"tensor of shape \(3, 3\)"),
+        (b"hello", "image from bytes is no image"),
+        (42, "a int is no picture"),
+        ("nowhere.jpg", "image nowhere.jpg is missing"),
+        (np.broadcast_to(np.uint8(0), (20_000, 20_000)), "20000 x 20000 pixels is refused"),
+    ],
+)
+def test_what_is_no_picture_is_named(detector, picture, said):
+    with pytest.raises(InputError, match=said):
+        detector.predict(picture)
+
+
+@pytest.mark.parametrize("rounds", [200, pytest.param(5000, marks=pytest.mark.long)])
+def test_malformed_pictures(detector, pixels, rounds):
+    """Cut short, bits flipped, empty, of another kind: an answer or an error each time, and then a good one."""
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(pixels)
+    files = [encoded(image, form) for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")]
+    expected, refused = detector.predict(files[1]), 0
+    for round_ in range(rounds):
+        data = bytearray(files[round_ % len(files)])
+        kind = round_ % 4
+        if kind == 0:
+            data = data[: rng.integers(0, len(data))]
+        elif kind == 1:
+            for place in rng.integers(0, len(data), 8):
+                data[place] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            data[:64] = rng.integers(0, 256, 64, dtype=np.uint8).tobytes()
+        else:
+            data = bytearray(rng.integers(0, 256, int(rng.integers(0, 2000)), dtype=np.uint8).tobytes())
+        try:
+            detector.predict(bytes(data))
+        except DataError:
+            refused += 1
+    assert rounds / 4 < refused < rounds
+    same(detector.predict(files[1]), expected)
+
+
+def test_a_model_in_training_mode_is_asked_in_evaluation_mode(pixels):
+    model = FPNSSD(ModelConfig(("cat",), "resnet18", image_size=64, fpn_channels=16)).train()
+    before = model.trunk.bn1.running_mean.clone()
+    detector = load_detector(model)
+    detector.predict(pixels)
+    assert torch.equal(model.trunk.bn1.running_mean, before)
+    assert detector.about["runtime"] == "torch"
