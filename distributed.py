@@ -11,6 +11,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from utils import InputError
+
 
 @contextlib.contextmanager
 def joined(device):
@@ -19,10 +21,15 @@ def joined(device):
     device: what the user asked for; of several GPUs each process takes the one of its local rank.
     """
     if "RANK" not in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there:
+            raise InputError(f"process {number} has no GPU: this machine has {there}; --nproc-per-node {there}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
@@ -67,3 +74,10 @@ def from_main(thing):
     box = [thing]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def copy_from_main(tensors):
+    """Overwrites every process's tensors with the main one's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

@@ -8,18 +8,19 @@ A batch's objects come padded: boxes_unit (B, N, 4) xyxy in 0..1, labels (B, N) 
 difficult and crowd (B, N) bool. Nothing here loops over images or waits for the device.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import box_convert, complete_box_iou_loss, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from model import decode_offsets, encode_boxes
 
 IGNORED = -1  # a prior that is neither positive nor mined
-PIXELS = 300.0  # torchvision's box losses add 1e-7 to areas: negligible in pixels, not in fractions of an image
+TINY = 1e-9  # of the image's area: far below a pixel's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,19 +153,37 @@ def smooth_l1_box_loss(offsets, boxes_cxcywh, priors):
     return F.smooth_l1_loss(offsets, encode_boxes(boxes_cxcywh, priors), reduction="none").sum(dim=2)
 
 
-def _overlap_box_loss(torchvision_loss, offsets, boxes_cxcywh, priors):
-    boxes = [box_convert(b * PIXELS, "cxcywh", "xyxy") for b in (decode_offsets(offsets, priors), boxes_cxcywh)]
-    return torchvision_loss(*boxes)
-
-
 def giou_box_loss(offsets, boxes_cxcywh, priors):
     """1 - generalised IoU of the decoded boxes (Rezatofighi et al., arXiv:1902.09630)."""
-    return _overlap_box_loss(generalized_box_iou_loss, offsets, boxes_cxcywh, priors)
+    predicted, wanted = _corners(decode_offsets(offsets, priors)), _corners(boxes_cxcywh)
+    iou, union, around = _iou_union_around(predicted, wanted)
+    area = around.prod(dim=-1)
+    return 1 - iou + (area - union) / area.clamp(min=TINY)
 
 
 def ciou_box_loss(offsets, boxes_cxcywh, priors):
     """1 - complete IoU: overlap, distance of the centres and aspect (Zheng et al., arXiv:1911.08287)."""
-    return _overlap_box_loss(complete_box_iou_loss, offsets, boxes_cxcywh, priors)
+    decoded = decode_offsets(offsets, priors)
+    iou, _, around = _iou_union_around(_corners(decoded), _corners(boxes_cxcywh))
+    distance = (decoded[..., :2] - boxes_cxcywh[..., :2]).square().sum(dim=-1)
+    angles = [torch.atan(b[..., 2] / b[..., 3].clamp(min=TINY)) for b in (decoded, boxes_cxcywh)]
+    aspect = 4 / math.pi**2 * (angles[1] - angles[0]).square()
+    with torch.no_grad():  # as in the paper's own code: the trade-off is no path for the gradient
+        weight = aspect / (1 - iou + aspect).clamp(min=TINY)
+    return 1 - iou + distance / around.square().sum(dim=-1).clamp(min=TINY) + weight * aspect
+
+
+# torchvision's losses of these names pick pairs with a mask, for which the host has to wait for the device.
+def _corners(boxes_cxcywh):
+    return box_convert(boxes_cxcywh, "cxcywh", "xyxy")
+
+
+def _iou_union_around(a, b):
+    """IoU (...), union (...) and sides (..., 2) of the smallest box around both, of boxes (..., 4) xyxy."""
+    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(dim=-1)
+    union = sum((box[..., 2:] - box[..., :2]).prod(dim=-1) for box in (a, b)) - shared
+    around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    return shared / union.clamp(min=TINY), union, around
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,12 +292,4 @@ class MultiBoxLoss(nn.Module):
         """(B, P): IoU of the predicted boxes with those to be met; only the quality loss asks for it."""
         if self.class_loss is not quality_class_loss:
             return None
-        predicted, wanted = (
-            box_convert(b, "cxcywh", "xyxy") for b in (decode_offsets(offsets, self.priors), boxes_cxcywh)
-        )
-        corners = torch.minimum(predicted[..., 2:], wanted[..., 2:]) - torch.maximum(
-            predicted[..., :2], wanted[..., :2]
-        )
-        shared = corners.clamp(min=0).prod(dim=-1)
-        areas = [(b[..., 2:] - b[..., :2]).prod(dim=-1) for b in (predicted, wanted)]
-        return shared / (areas[0] + areas[1] - shared)
+        return _iou_union_around(_corners(decode_offsets(offsets, self.priors)), _corners(boxes_cxcywh))[0]

@@ -26,7 +26,7 @@ from trunk import build_trunk
 from utils import InputError, written_whole
 
 FORMAT_VERSION = 1
-OFFSET_VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scaling of (cx, cy, w, h) offsets
+CENTRE_VARIANCE, SIDE_VARIANCE = 0.1, 0.2  # SSD's scaling of (cx, cy) and (w, h) offsets
 FIRST_CANDIDATES = 1024
 DEFAULT_CHECKPOINT = "checkpoint/fpnssd300_lite_voc.pth.tar"  # the one that ships
 
@@ -135,17 +135,15 @@ def make_priors(config, level_sides):
 
 def encode_boxes(boxes_cxcywh, priors):
     """Boxes (..., P, 4) cxcywh in 0..1 -> offsets (..., P, 4) to `priors` (P, 4); SSD, equation 2."""
-    variances = boxes_cxcywh.new_tensor(OFFSET_VARIANCES)
-    centres = (boxes_cxcywh[..., :2] - priors[..., :2]) / priors[..., 2:]
-    sides = torch.log(boxes_cxcywh[..., 2:] / priors[..., 2:])
-    return torch.cat([centres, sides], dim=-1) / variances
+    centres = (boxes_cxcywh[..., :2] - priors[..., :2]) / priors[..., 2:] / CENTRE_VARIANCE
+    sides = torch.log(boxes_cxcywh[..., 2:] / priors[..., 2:]) / SIDE_VARIANCE
+    return torch.cat([centres, sides], dim=-1)
 
 
 def decode_offsets(offsets, priors):
     """The inverse of encode_boxes: offsets (..., P, 4) -> boxes_cxcywh (..., P, 4) in 0..1."""
-    offsets = offsets * offsets.new_tensor(OFFSET_VARIANCES)
-    centres = priors[..., :2] + offsets[..., :2] * priors[..., 2:]
-    sides = priors[..., 2:] * torch.exp(offsets[..., 2:])
+    centres = priors[..., :2] + offsets[..., :2] * CENTRE_VARIANCE * priors[..., 2:]
+    sides = priors[..., 2:] * torch.exp(offsets[..., 2:] * SIDE_VARIANCE)
     return torch.cat([centres, sides], dim=-1)
 
 

@@ -74,12 +74,14 @@ def build_optimizer(model, config, lr):
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = 1.0
+        factor, depth = 1.0, None
         if name.startswith("trunk."):
-            factor = config.trunk_lr_scale * config.trunk_lr_decay ** depth_of.get(id(parameter), 0)
-        decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        group = {"params": [], "lr": lr * factor, "initial_lr": lr * factor, "weight_decay": decay}
-        groups.setdefault((factor, decay), group)["params"].append(parameter)
+            depth = depth_of.get(id(parameter), 0)
+            factor = config.trunk_lr_scale * config.trunk_lr_decay**depth
+        decays = parameter.dim() > 1
+        group = {"params": [], "lr": lr * factor, "initial_lr": lr * factor}
+        group["weight_decay"] = config.weight_decay if decays else 0.0
+        groups.setdefault((depth, decays), group)["params"].append(parameter)  # the same groups for all rates
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups.values(), lr=lr, fused=True)
     optimizer = torch.optim.SGD(groups.values(), lr=lr, momentum=config.momentum, fused=True)
@@ -149,6 +151,8 @@ def load_weights(model, other):
     rows = [("background", *other.config.classes).index(name) if name in other.config.classes else -1 for name in names]
     rows[0] = 0
     left_out = []
+    if other.config.trunk != model.config.trunk:  # its trunk's tensors and pixel statistics belong to each other
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(("trunk.", "pixel_"))}
     for name, tensor in wanted.items():
         source = given.get(name)
         if source is not None and source.shape == tensor.shape and not name.startswith("class_heads."):

@@ -3,10 +3,12 @@
 A preset is a function that returns a TrainConfig; a new one is a few lines here.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
 from augment import NO_AUGMENTATION, AugmentConfig
+from distributed import num_processes
 from loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
 from run import saved_config
 from utils import InputError, set_fields
@@ -130,7 +132,8 @@ def make_config(args):
     changes = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     config = PRESETS[args.preset]()
     if args.resume:
-        config = saved_config(changes.get("name", config.name), TrainConfig) or config
+        name = set_fields(replace(config, **changes), [one for one in args.set if one.startswith("name=")]).name
+        config = saved_config(name, TrainConfig) or config
     config = set_fields(replace(config, **changes), args.set)
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
         raise InputError(f"run name {config.name!r} has to be a plain folder name")
@@ -141,3 +144,18 @@ def make_config(args):
         if getattr(config, name) not in known:
             raise InputError(f"{name} {getattr(config, name)!r} is none of {', '.join(known)}")
     return config
+
+
+def batch_sizes(config, num_images):
+    """(images a process takes at a time, batches a step): together about config.nominal_batch, at most num_images."""
+    count = num_processes()
+    batch_size = min(config.batch_size, num_images // count)
+    accumulate = max(1, round(config.nominal_batch / (batch_size * count)))
+    return batch_size, min(accumulate, num_images // (batch_size * count))
+
+
+def scaled_lr(config, step_images):
+    """config.lr for steps of another size than nominal_batch: linear for SGD (Goyal et al., arXiv:1706.02677), by the
+    square root for AdamW (Malladi et al., arXiv:2205.10287); smaller steps than that, from a tiny list, keep it."""
+    ratio = max(1.0, step_images / config.nominal_batch)
+    return config.lr * (ratio if config.optimizer == "sgd" else math.sqrt(ratio))

@@ -17,14 +17,15 @@ import numpy as np
 import timm
 import torch
 
+from datasets import hash_file
 from distributed import is_main
-from model import CheckpointError, load_checkpoint, save_checkpoint
+from model import load_checkpoint, save_checkpoint
 from utils import InputError, written_whole
 
 LAST, PREVIOUS, NEXT, BEST = (f"{name}.pth.tar" for name in ("last", "previous", "next", "best"))
 # What a resumed run may have otherwise without a word, and what it cannot: shapes, and which samples a step sees.
 FREE = {
-    "device", "workers", "images", "precision", "eval_every", "cache", "log_every", "save_minutes", "compile", "tf32",
+    "device", "workers", "images", "eval_every", "cache", "log_every", "save_minutes", "compile", "tf32",
     "batch_size", "weights",
 }  # fmt: skip
 FIXED = {
@@ -37,9 +38,11 @@ class Run:
     """Everything that changes while training."""
 
     def __init__(self, config, model, ema, optimizer, scaler, train_list, step_images):
+        """train_list: its number of images and content go into the checkpoint, to be compared when resuming."""
         self.config, self.folder = config, Path("runs") / config.name
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
         self.num_images, self.step_images = len(train_list), step_images
+        self.list_hash = hash_file(train_list.path)
         self.step = 0
         self.best = None
         self.stale = 0  # evaluations since the best one
@@ -62,6 +65,7 @@ class Run:
             "train_config": as_builtins(self.config),
             "num_images": self.num_images,
             "step_images": self.step_images,
+            "list_hash": self.list_hash,
             "torch_rng": torch.get_rng_state(),
             "versions": versions(),
             **cuda,
@@ -89,13 +93,12 @@ class Run:
             )
         return self.unsaved is None
 
-    def save_best(self):
-        if is_main():
-            try:
-                about = {"step": self.step, "best": self.best, "train_config": as_builtins(self.config)}
-                save_checkpoint(self.folder / BEST, self.ema.module, **about)
-            except (OSError, RuntimeError) as error:
-                print(f"warning: {self.folder / BEST} could not be written: {error}", file=sys.stderr)
+    def save_best(self, score):
+        """Writes best.pth.tar; True if that went well."""
+        with tolerant(self.folder / BEST) as attempt:
+            about = {"step": self.step, "best": score, "train_config": as_builtins(self.config)}
+            save_checkpoint(self.folder / BEST, self.ema.module, **about)
+        return attempt.went_well
 
     def load(self):
         """Goes on from the newest checkpoint that is whole; says which one, and what is new in the configuration."""
@@ -106,12 +109,13 @@ class Run:
         self.ema.module.load_state_dict(checkpoint["model"].state_dict())
         self.ema.updates.copy_(checkpoint["ema_updates"])
         self.model.load_state_dict(checkpoint["raw_model"])
-        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        kept = ("initial_lr", "weight_decay", "momentum")  # those of the configuration as it is now
+        settings = [{name: group[name] for name in kept if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, rate, decay in zip(self.optimizer.param_groups, rates, decays, strict=True):
-            group["initial_lr"], group["weight_decay"] = rate, decay  # those of the configuration as it is now
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if checkpoint["scaler"]:  # empty but for fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("step", "best", "stale", "sums", "log"):
             setattr(self, name, checkpoint[name])
         torch.set_rng_state(checkpoint["torch_rng"])
@@ -140,7 +144,12 @@ class Run:
         if changed & FIXED:
             refused = [change for change in changes if change.split()[0] in FIXED]
             raise InputError(f"{path} cannot be resumed with another {'; '.join(refused)}: start another run (--name)")
-        return changes
+        if checkpoint["list_hash"] != self.list_hash:
+            changes.append("the training list has another content")
+        before, here = checkpoint["versions"], versions()
+        return changes + [
+            f"{name} {before.get(name)} -> {here[name]}" for name in here if before.get(name) != here[name]
+        ]
 
     def means(self):
         """{name: mean} of the running epoch's loss terms."""
@@ -148,11 +157,30 @@ class Run:
 
     def write_log(self):
         """log.csv, a row an epoch, always as long as the checkpoint knows."""
+        if not self.log:
+            return
         columns = list(dict.fromkeys(name for row in self.log for name in row))
         with written_whole(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.log)
+
+
+class tolerant:
+    """A block whose failure to write is said and not raised: a full disk costs no training."""
+
+    def __init__(self, what):
+        self.what, self.went_well = what, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.went_well = error is None
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save raises RuntimeError where a disk is full
+            print(f"warning: {self.what} could not be written ({error}); training goes on", file=sys.stderr)
+            return True
+        return False
 
 
 def newest_checkpoint(folder):
@@ -166,8 +194,8 @@ def newest_checkpoint(folder):
             if damaged is None:
                 return path, load_checkpoint(path)
             reason = f"{damaged} in it is damaged"
-        except (CheckpointError, zipfile.BadZipFile, OSError) as error:
-            reason = str(error)
+        except Exception as error:  # a damaged zip file makes its reader raise nearly anything
+            reason = str(error) or type(error).__name__
         if is_main():
             print(f"warning: {path} is passed over: {reason}", file=sys.stderr)
     raise InputError(f"no checkpoint in {folder} is whole; {BEST} still serves for --weights, if it is there")

@@ -6,16 +6,14 @@
     python train.py --name small --resume             # goes on where runs/small stopped
     torchrun --nproc-per-node 8 train.py              # eight GPUs; see README.md for several machines
 
-Ctrl-C, or a scheduler's SIGTERM, saves after the running step and ends; a second one ends at once.
+Ctrl-C, or a scheduler's SIGTERM, saves after the running step and ends; a second Ctrl-C ends at once.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import distributed
 from datasets import DataError, DataList, DetectionDataset, EpochSampler, balanced_weights, make_loader
@@ -43,10 +40,20 @@ from optimizer import (
     synchronise_batch_norm,
 )
 from pixel_cache import PixelCache
-from recipe import FLAGS, PRESETS, TrainConfig, make_config
-from run import Run, as_builtins
+from recipe import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
+from run import Run, as_builtins, tolerant
 from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
-from watch import Watch, describe_failure_from_outside, describe_not_finite, describe_out_of_memory
+from watch import (
+    Clock,
+    StopOnSignal,
+    Watch,
+    describe_epoch,
+    describe_failure_from_outside,
+    describe_not_finite,
+    describe_out_of_memory,
+)
+
+MOST_SKIPPED = 20  # steps in a row, in fp16: then it is not the scale
 
 
 class TrainingStopped(RuntimeError):
@@ -85,10 +92,10 @@ def parse_args(argv):
 
 def train(config, resume=False):
     """Trains to the end of config.epochs, or until a signal; returns the last evaluation's metrics (None if none)."""
-    folder = Path("runs") / config.name
-    if not resume and (folder / "config.json").exists():
-        raise InputError(f"{folder} has a run already: --resume goes on with it, --name starts another")
     with distributed.joined(pick_device(config.device)) as device, StopOnSignal() as stop:
+        folder = Path("runs") / config.name
+        if distributed.from_main(not resume and (folder / "config.json").exists()):
+            raise InputError(f"{folder} has a run already: --resume goes on with it, --name starts another")
         return Training(config, device, stop, resume).go()
 
 
@@ -117,6 +124,9 @@ class Training:
         if resume:
             self.run.load()
         if distributed.is_main():
+            for left_over in self.run.folder.glob(".*.pth.tar.*"):  # half written when a run was killed
+                left_over.unlink()
+            self.run.write_log()  # a kill may have come before the last row
             with written_whole(self.run.folder / "config.json") as temporary:
                 Path(temporary).write_text(json.dumps(as_builtins(config), indent=2), encoding="utf-8")
         self.criterion = MultiBoxLoss(
@@ -130,6 +140,8 @@ class Training:
             self.parallel = DistributedDataParallel(model, ids)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.in_step = False
+        self.stopping = False  # all processes know that they are to stop
+        self.skipped = 0  # steps in a row whose gradients were beyond fp16
         self.unread = []  # (step, keys of its samples, numbers on the device), until the host looks
         self.last_save = time.monotonic()
 
@@ -137,11 +149,13 @@ class Training:
         """(model, EMA of it) on the device, with what it starts from, and what does not train frozen."""
         config = self.config
         torch.manual_seed(config.seed)
-        # A run that goes on has its weights: it needs no download.
-        trunk_weights = "none" if resume or config.weights else config.trunk_weights
-        model = FPNSSD(ModelConfig(classes, config.trunk, config.image_size, config.fpn_channels), trunk_weights)
-        if config.weights and not resume:
-            said = load_weights(model, load_checkpoint(config.weights)["model"])
+        # A run that goes on has its weights, and so has one that takes another's: no download is needed.
+        other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
+        has_trunk = resume or (other is not None and other.config.trunk == config.trunk)
+        model_config = ModelConfig(classes, config.trunk, config.image_size, config.fpn_channels)
+        model = FPNSSD(model_config, "none" if has_trunk else config.trunk_weights)
+        if other is not None:
+            said = load_weights(model, other)
             if distributed.is_main():
                 print(f"{config.weights}: {said}")
         model = model.to(self.device, memory_format=torch.channels_last)
@@ -190,34 +204,49 @@ class Training:
         metrics = None
         if run.step >= self.num_steps and distributed.is_main():
             print(f"nothing left to do: all {config.epochs} epochs of {run.folder} are trained")
-        self.watch = Watch(run.folder, run.step, self.num_steps)
+        self.watch = Watch(run.folder, self.device, run.step, self.num_steps)
         try:
-            for epoch in range(len(run.log), config.epochs):
+            if run.step == 0:
+                self.save()  # so that there is a way back from the first step on
+            while len(run.log) < config.epochs and not self.stopping and not self.out_of_patience():
+                epoch = len(run.log)
                 row = self.train_epoch(epoch)
-                if self.stop.wanted and run.step < (epoch + 1) * self.steps_per_epoch:
+                if self.stopping:
                     break
                 detections = None
                 if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+                    self.save()  # evaluation takes a while too
                     metrics, detections = self.evaluate(row)
                 self.end_epoch(row, detections)
-                if self.stop.wanted or (config.patience and run.stale >= config.patience):
-                    break
         except torch.OutOfMemoryError as error:
-            raise TrainingStopped(describe_out_of_memory(config, error)) from error
+            raise TrainingStopped(describe_out_of_memory(config, self.smaller_batches(), error)) from error
         except (DataError, RuntimeError) as error:
             said = describe_failure_from_outside(error)
             if said is None:
                 raise
-            # A worker's end raises anywhere: half a step is not to be kept. And only the main process saves.
-            if self.in_step or not distributed.is_main():
-                raise TrainingStopped(f"{said}. {run.folder} stays as last saved: mend it, then --resume") from error
-            self.save()
-            saved = f"Step {run.step} of {run.folder} is saved: mend it, then --resume"
-            raise TrainingStopped(f"{said}. {saved}") from error
+            # A worker's end raises anywhere: half a step is not to be kept.
+            saved = not self.in_step and self.save()
+            self.stopping = self.stop.wanted and saved  # the signal went to the workers as well, who obeyed at once
+            if not self.stopping:
+                raise TrainingStopped(f"{said}. {self.kept(saved)}: mend it, then --resume") from error
         finally:
             self.watch.close()
         self.say_how_it_ended(metrics)
         return metrics
+
+    def out_of_patience(self):
+        return 0 < self.config.patience <= self.run.stale
+
+    def kept(self, saved):
+        if saved and distributed.is_main():
+            return f"Step {self.run.step} of {self.run.folder} is saved"
+        return f"{self.run.folder} stays as last saved"
+
+    def smaller_batches(self):
+        """Batch sizes below this one with which a step has as many images."""
+        count, images = self.run.num_images, self.batch_size * self.accumulate
+        smaller = range(self.batch_size - 1, 0, -1)
+        return [b for b in smaller if math.prod(batch_sizes(replace(self.config, batch_size=b), count)) == images]
 
     def say_how_it_ended(self, metrics):
         run, config = self.run, self.config
@@ -225,9 +254,9 @@ class Training:
             return
         if metrics:
             print(format_table(metrics))
-        if run.step < self.num_steps and self.stop.wanted:
+        if len(run.log) < config.epochs and self.stopping:
             print(f"stopped after step {run.step}; go on with --name {config.name} --resume")
-        elif config.patience and run.stale >= config.patience:
+        elif self.out_of_patience():
             print(f"stopped after {run.stale} evaluations without a better one; the best is {run.best:.3f}")
         if run.unsaved:
             raise TrainingStopped(f"step {run.step} is not saved ({run.unsaved}): make room, then --resume")
@@ -264,16 +293,16 @@ class Training:
         """After a step: every log_every steps, and when it is time to save, the host looks; True to stop here."""
         run, config = self.run, self.config
         looks = run.step % config.log_every == 0 or is_last
-        stops = self.stop.wanted and distributed.num_processes() == 1
+        alone = distributed.num_processes() == 1
         due = time.monotonic() - self.last_save > 60 * config.save_minutes
-        if looks or stops or due:
+        if looks or due or (alone and self.stop.wanted):
             self.read_steps()
             self.watch.steps(run, clock.read(run))
-        if looks and distributed.num_processes() > 1:  # they have to stop at the same step
-            stops = self.stop.wanted = distributed.from_main(self.stop.wanted)
-        if (stops or due) and not is_last:  # the end of an epoch saves anyway
+        if looks or alone:  # several processes have to stop at the same step
+            self.stopping = distributed.from_main(self.stop.wanted)
+        if self.stopping or (due and not is_last):  # the end of an epoch saves anyway
             self.save()
-        return stops
+        return self.stopping
 
     def train_step(self, batches, factor):
         """Forward, loss, backward, update; nothing here waits for the device.
@@ -297,7 +326,10 @@ class Training:
                 with autocast(device, self.config.precision):
                     offsets, logits = self.forward(batch["image"])
                 terms = self.criterion(offsets, logits, batch, matched, normaliser)
-                run.scaler.scale(self.config.box_weight * terms["box"] + terms["class"]).backward()
+                total = self.config.box_weight * terms["box"] + terms["class"]
+                if run.scaler.is_enabled():  # it looks at gradients alone, and an infinite loss may have finite ones
+                    total = total * torch.where(total.isfinite(), 1.0, math.nan)
+                run.scaler.scale(total).backward()
             sums = sums + torch.stack([terms["box"], terms["class"]]).detach()
         run.scaler.unscale_(run.optimizer)
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), self.config.clip_norm)
@@ -320,30 +352,33 @@ class Training:
 
     def read_steps(self):
         """Takes what unread steps left on the device into the epoch's sums; TrainingStopped if one was not finite."""
-        run = self.run
+        run, sums, bad = self.run, dict(self.run.sums), None
         if not self.unread:
             return
         numbers = torch.stack([numbers for _, _, numbers in self.unread]).tolist()  # the host waits here
-        bad = []
         for (step, keys, _), (box, class_, norm) in zip(self.unread, numbers, strict=True):
             terms = {"box": box, "class": class_}
-            if not math.isfinite(box + class_ + norm):
-                bad.append((step, terms, norm, keys))
+            if math.isfinite(box + class_ + norm):
+                self.skipped = 0
+                sums["steps"] = sums.get("steps", 0) + 1
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + value
                 continue
-            run.sums["steps"] = run.sums.get("steps", 0) + 1
-            for name, value in terms.items():
-                run.sums[name] = run.sums.get(name, 0.0) + value
-        tried, self.unread = len(self.unread), []
-        if run.scaler.is_enabled():
+            self.skipped += 1
             # Gradients beyond fp16 are everyday: the scale is halved and the step left out. Losses are not.
-            bad = [one for one in bad if not math.isfinite(sum(one[1].values())) or len(bad) == tried > 4]
+            everyday = run.scaler.is_enabled() and math.isfinite(box + class_) and self.skipped < MOST_SKIPPED
+            if not everyday and bad is None:
+                bad = (step, terms, norm, keys)
+        run.sums, self.unread = sums, []
         if bad:
-            self.save()
-            raise TrainingStopped(describe_not_finite(run, self.loader.dataset, *bad[0]))
+            saved = self.save()
+            raise TrainingStopped(f"{describe_not_finite(run, self.loader.dataset, *bad)}. {self.kept(saved)}")
 
     def evaluate(self, row):
         """(metrics, detections) on the evaluation list, scores into the row; (None, None) but in the main process."""
-        predict_fn = Predictor(self.run.ema.module, self.device, self.config.precision)
+        model = self.run.ema.module
+        distributed.copy_from_main(list(model.buffers()))  # batch norm's statistics are each process's own
+        predict_fn = Predictor(model, self.device, self.config.precision)
         detections, _ = predict(predict_fn, self.val_list, self.config.image_size, workers=self.config.workers)
         metrics = compute_metrics(self.val_list, detections) if distributed.is_main() else None
         if metrics:
@@ -352,21 +387,21 @@ class Training:
 
     def end_epoch(self, row, detections):
         """Log, best and last checkpoint, pictures."""
-        run, score = self.run, row.get("voc2007_ap50")
-        run.log.append(row)
-        run.sums = {}
-        is_best = detections is not None and (run.best is None or (score or 0) > run.best)
+        run, best, stale = self.run, self.run.best, self.run.stale
         if detections is not None:
-            run.stale = 0 if is_best else run.stale + 1
-            run.best = (score or 0) if is_best else run.best
-        run.best, run.stale = distributed.from_main((run.best, run.stale))
-        self.stop.wanted = distributed.from_main(self.stop.wanted)
-        if is_best:
-            run.save_best()
+            score = row["voc2007_ap50"] or 0.0
+            is_best = best is None or score > best
+            stale = 0 if is_best else stale + 1
+            if is_best and run.save_best(score):
+                best = score  # if it could not be written, the next one may be
+        best, stale, wanted = distributed.from_main((best, stale, self.stop.wanted))
+        run.best, run.stale, run.sums, run.log = best, stale, {}, [*run.log, row]
+        self.stopping = wanted
         self.save()
         if distributed.is_main():
             print(describe_epoch(row, self.config.epochs), flush=True)
-            run.write_log()
+            with tolerant(run.folder / "log.csv"):
+                run.write_log()
             if detections is not None:
                 self.watch.evaluation(row, self.val_list, detections)
 
@@ -375,6 +410,7 @@ class Training:
         self.read_steps()
         saved = self.run.save()
         self.last_save = time.monotonic() - (0 if saved else 60 * (self.config.save_minutes - 1))
+        return saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,83 +428,11 @@ def load_lists(config):
     return train_list, val_list
 
 
-def batch_sizes(config, num_images):
-    """(images a process takes at a time, batches a step): together about config.nominal_batch, at most num_images."""
-    count = distributed.num_processes()
-    batch_size = min(config.batch_size, num_images // count)
-    accumulate = max(1, round(config.nominal_batch / (batch_size * count)))
-    return batch_size, min(accumulate, num_images // (batch_size * count))
-
-
-def scaled_lr(config, step_images):
-    """config.lr for steps of another size than nominal_batch: linear for SGD (Goyal et al., arXiv:1706.02677), by the
-    square root for AdamW (Malladi et al., arXiv:2205.10287); smaller steps than that, from a tiny list, keep it."""
-    ratio = max(1.0, step_images / config.nominal_batch)
-    return config.lr * (ratio if config.optimizer == "sgd" else math.sqrt(ratio))
-
-
 def to_device(batch, device):
     """What a step needs of a batch, without waiting for the copies."""
     tensors = {k: batch[k].to(device, non_blocking=True) for k in ("boxes_unit", "labels", "difficult", "crowd")}
     image = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return {**tensors, "image": image}
-
-
-class Clock:
-    """How fast an epoch goes, and how much of it is waiting for data."""
-
-    def __init__(self, step):
-        self.start, self.first, self.waited = time.perf_counter(), step, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        before = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - before
-
-    def read(self, run):
-        seconds = time.perf_counter() - self.start
-        speed = (run.step - self.first) * run.step_images / seconds
-        return {"images_per_s": speed, "seconds": seconds, "share_waiting": self.waited / seconds}
-
-
-class StopOnSignal:
-    """Ctrl-C or SIGTERM as a wish: `wanted` becomes true, and the loop stops where nothing is half done.
-
-    The second one raises.
-    """
-
-    def __init__(self):
-        self.wanted = False
-        self._before = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # signals can be caught nowhere else
-            self._before = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _wish(self, signum, frame):
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
-        # A scheduler's signal ends the loader's workers as well: that must not raise in the middle of saving.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        tqdm.write("stopping after this step and saving; once more to stop at once", file=sys.stderr)
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def describe_epoch(row, epochs):
-    text = f"epoch {row['epoch']}/{epochs}: " + ", ".join(
-        f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_")
-    )
-    text += f", {row['images_per_s']:.1f} images/s, {row['share_waiting']:.0%} of the time waiting for data"
-    if "voc2007_ap50" in row:
-        scores = {name: row[name] for name in ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")}
-        text += "; " + ", ".join(f"{n} {'none' if v is None else f'{v:.3f}'}" for n, v in scores.items())
-    return text
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What a person sees of a running training: a bar or plain lines, TensorBoard, pictures, and why it stopped."""
+"""What a person sees of a training (a bar or lines, TensorBoard, pictures), the wish to stop, and why it stopped."""
 
 import contextlib
 import importlib.util
 import resource
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,6 +18,7 @@ import distributed
 from datasets import DataError, collate, draw_batch, fit_image
 from distributed import is_main
 from report import draw_curves
+from run import tolerant
 from utils import explain
 
 LINE_EVERY = 30  # seconds between lines where there is no terminal
@@ -26,7 +29,8 @@ SHOWN_IMAGES = 8
 class Watch:
     """Told of every step that was read, epoch and evaluation; only the main process's says anything."""
 
-    def __init__(self, folder, step, num_steps):
+    def __init__(self, folder, device, step, num_steps):
+        self.device = device
         self.folder, self.shown, self.num_steps = folder, step, num_steps
         self.bar = None
         self.last_line = time.perf_counter()
@@ -34,7 +38,7 @@ class Watch:
         if is_main() and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only where it is installed
 
-            self.board = SummaryWriter(folder, purge_step=step)  # what a killed run wrote beyond it is taken back
+            self.board = SummaryWriter(folder, purge_step=step + 1)  # what a killed run wrote beyond it is taken back
 
     @contextlib.contextmanager
     def epoch(self, epoch, steps, done):
@@ -50,7 +54,12 @@ class Watch:
         terms, speed, waiting = run.means(), pace["images_per_s"], pace["share_waiting"]
         left = tqdm.format_interval((self.num_steps - run.step) * run.step_images / max(speed, 1e-9))
         said = {name: f"{value:.3f}" for name, value in terms.items()}
-        said |= {"images/s": f"{speed:.1f}", "waiting": f"{waiting:.0%}", "GiB": f"{memory_in_use():.1f}", "left": left}
+        said |= {
+            "images/s": f"{speed:.1f}",
+            "waiting": f"{waiting:.0%}",
+            "GiB": f"{memory_in_use(self.device):.1f}",
+            "left": left,
+        }
         self.bar.update(run.step - self.shown)
         self.bar.set_postfix(said)
         self.shown = run.step
@@ -64,16 +73,20 @@ class Watch:
                 self.board.add_scalar(name, value, run.step)
 
     def first_batches(self, batch, classes, step):
-        picture = draw_batch(batch, classes)
-        picture.save(self.folder / f"batch_{step}.jpg")
-        self._show("batch", picture, step)
+        with tolerant(self.folder / f"batch_{step}.jpg") as attempt:
+            picture = draw_batch(batch, classes)
+            picture.save(attempt.what)
+            self._show("batch", picture, step)
 
     def evaluation(self, row, data_list, detections):
         """After run.write_log: curves, scores, and what is found in the same few images each time."""
-        draw_curves(self.folder / "log.csv", self.folder / "curves.png")
-        picture = draw_found(data_list, detections, data_list.classes)
-        picture.save(self.folder / f"val_{row['epoch']:03}.jpg")
-        self._show("val", picture, row["step"])
+        with tolerant(self.folder / "curves.png") as attempt:
+            draw_curves(self.folder / "log.csv", attempt.what)
+        if len(data_list):
+            with tolerant(self.folder / f"val_{row['epoch']:03}.jpg") as attempt:
+                picture = draw_found(data_list, detections, data_list.classes)
+                picture.save(attempt.what)
+                self._show("val", picture, row["step"])
         if self.board:
             for name, value in row.items():
                 if name.startswith(("voc", "coco")) and value is not None:
@@ -89,11 +102,70 @@ class Watch:
             self.board.close()
 
 
-def memory_in_use():
-    """GiB: the most of the GPU's that tensors have held, or of this process where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+class Clock:
+    """How fast an epoch goes, and how much of it is waiting for data."""
+
+    def __init__(self, step):
+        self.start, self.first, self.waited = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def read(self, run):
+        seconds = time.perf_counter() - self.start
+        speed = (run.step - self.first) * run.step_images / seconds
+        return {"images_per_s": speed, "seconds": seconds, "share_waiting": self.waited / seconds}
+
+
+def describe_epoch(row, epochs):
+    text = f"epoch {row['epoch']}/{epochs}: " + ", ".join(
+        f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_")
+    )
+    text += f", {row['images_per_s']:.1f} images/s, {row['share_waiting']:.0%} of the time waiting for data"
+    if "voc2007_ap50" in row:
+        scores = {name: row[name] for name in ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")}
+        text += "; " + ", ".join(f"{n} {'none' if v is None else f'{v:.3f}'}" for n, v in scores.items())
+    return text
+
+
+def memory_in_use(device):
+    """GiB: the most of the GPU's that tensors have held, or of this process where none is used."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class StopOnSignal:
+    """Ctrl-C or SIGTERM as a wish: `wanted` becomes true, and the loop stops where nothing is half done.
+
+    A second Ctrl-C raises.
+    """
+
+    def __init__(self):
+        self.wanted = False
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # signals can be caught nowhere else
+            self._before = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _wish(self, signum, frame):
+        if self.wanted and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.wanted:  # schedulers may send it twice: to the group and through torchrun
+            return
+        self.wanted = True
+        # A scheduler's signal ends the loader's workers as well: that must not raise in the middle of saving.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        tqdm.write("stopping after this step and saving; Ctrl-C once more to stop at once", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def draw_found(data_list, detections, classes, side=300):
@@ -120,23 +192,27 @@ def draw_found(data_list, detections, classes, side=300):
 def describe_not_finite(run, dataset, step, terms, norm, keys):
     """What a step without a finite loss or gradient saw; its batch is drawn again and saved."""
     picture = run.folder / f"not_finite_{step}_rank{distributed.rank()}.jpg"
-    samples = [dataset[key] for key in keys]
-    draw_batch(collate(samples), run.model.config.classes).save(picture)
+    samples = [dataset[tuple(key)] for key in keys]
+    with tolerant(picture):
+        draw_batch(collate(samples), run.model.config.classes).save(picture)
     said = ", ".join(f"{name} {value:g}" for name, value in terms.items())
     return (
         f"loss or gradient is not finite at step {step}: {said}, gradient norm {norm:g}, on images "
         f"{[sample['image_id'] for sample in samples]}, drawn in {picture}. That step changed nothing: weights, "
-        f"average and optimizer are as before it, and {run.folder} is saved. Look at these images' boxes, or lower "
-        "--lr; --resume goes on behind that step"
+        "average and optimizer are as before it. Look at these images' boxes, or lower --lr; --resume goes on behind it"
     )
 
 
-def describe_out_of_memory(config, error):
-    half = max(1, config.batch_size // 2)
+def describe_out_of_memory(config, smaller, error):
+    """smaller: the batch sizes with which a step still has as many images."""
+    means = "a smaller trunk, fpn_channels or image_size takes less"
+    if config.batch_size > 1:
+        means = f"another run with --batch-size {config.batch_size // 2} takes half of it"
+    if smaller:
+        means = f"--batch-size {smaller[0]} takes less, accumulates the same images a step, and may be used to --resume"
     return (
         f"the GPU's memory does not hold a batch of {config.batch_size} images of {config.image_size} pixels in "
-        f"{config.precision} precision: --batch-size {half} takes half of it, and two batches a step, so that the run "
-        f"stays the same and can be resumed ({str(error).splitlines()[0]})"
+        f"{config.precision} precision: {means} ({str(error).splitlines()[0]})"
     )
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import box_convert, complete_box_iou_loss, generalized_box_iou_loss
 
 from loss import (
     IGNORED,
@@ -14,7 +15,7 @@ from loss import (
     match,
     quality_class_loss,
 )
-from model import FPNSSD, ModelConfig, encode_boxes, make_priors
+from model import FPNSSD, ModelConfig, decode_offsets, encode_boxes, make_priors
 
 
 def make_batch(images):
@@ -225,6 +226,23 @@ def test_overlap_losses_by_hand():
     assert giou_box_loss(still, apart, priors).item() == pytest.approx(1 + 0.2, abs=1e-4)
     for loss in (giou_box_loss, ciou_box_loss):
         assert loss(exact, wanted, priors).item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["giou", "ciou"])
+def test_overlap_losses_are_torchvisions(name):
+    """Values and gradients, on random pairs, apart and overlapping; torchvision's are in pixels."""
+    generator = torch.Generator().manual_seed(0)
+    priors = torch.rand(200, 4, generator=generator) * 0.4 + 0.2
+    wanted = (torch.rand(1, 200, 4, generator=generator) * 0.4 + 0.2).double()
+    offsets = torch.randn(1, 200, 4, generator=generator).double()
+    ours, theirs = offsets.clone().requires_grad_(), offsets.clone().requires_grad_()
+    reference = {"giou": generalized_box_iou_loss, "ciou": complete_box_iou_loss}[name]
+    in_pixels = [box_convert(b * 300, "cxcywh", "xyxy") for b in (decode_offsets(theirs, priors), wanted)]
+    losses = {"giou": giou_box_loss, "ciou": ciou_box_loss}[name](ours, wanted, priors), reference(*in_pixels)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    for loss in losses:
+        loss.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_focal_loss_by_hand():

@@ -158,6 +158,19 @@ def test_classes_are_carried_over_by_name():
     assert torch.equal(new.class_heads[0].bias.view(-1, 4)[:, 2], fresh["class_heads.0.bias"].view(-1, 4)[:, 2])
 
 
+def test_another_trunk_is_left_as_it_is():
+    old, new = tiny_model(), tiny_model(trunk="tf_efficientnet_lite0")
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    for parameter in old.parameters():
+        nn.init.constant_(parameter, 2.0)
+    said = load_weights(new, old)
+    assert "left out, not there or of another shape: pixel_mean, pixel_std, trunk." in said
+    for name, tensor in new.state_dict().items():
+        if name.startswith(("trunk.", "pixel_")):  # its pixel statistics belong to the trunk
+            assert torch.equal(tensor, before[name])
+    assert torch.equal(new.box_heads[0].weight, old.box_heads[0].weight)
+
+
 def test_what_does_not_fit_is_said():
     new = tiny_model(fpn_channels=32)
     said = load_weights(new, tiny_model())

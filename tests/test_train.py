@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
 from augment import NO_AUGMENTATION, AugmentConfig
@@ -25,9 +26,10 @@ from datasets import DataList, DetectionDataset, EpochSampler
 from eval import Predictor, evaluate
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
-from recipe import PRESETS, TrainConfig, make_config
-from run import Run, as_builtins, from_builtins
-from train import TrainingStopped, batch_sizes, main, parse_args, scaled_lr, train
+from recipe import PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
+from run import Run, as_builtins, from_builtins, newest_checkpoint
+from train import TrainingStopped, main, parse_args, train
+from watch import StopOnSignal
 
 ROOT = Path(__file__).parents[1]
 TINY = ["trunk=resnet18", "trunk_weights=none", "image_size=64", "fpn_channels=16", "batch_size=4", "eval_every=1"]
@@ -48,7 +50,8 @@ def in_tmp(tmp_path, monkeypatch):
 
 def same_end(one, other):
     """Whether two runs' checkpoints hold the same weights, averages, optimizers, scores and logs, bit for bit."""
-    one, other = (load_checkpoint(f"runs/{name}/last.pth.tar") for name in (one, other))
+    names = (one, other)
+    one, other = (load_checkpoint(f"runs/{name}/last.pth.tar") for name in names)
     for key in ("raw_model", "optimizer", "ema_updates", "torch_rng"):
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
     torch.testing.assert_close(one["model"].state_dict(), other["model"].state_dict(), rtol=0, atol=0)
@@ -57,6 +60,10 @@ def same_end(one, other):
     ]
     logs = [[{k: v for k, v in row.items() if k not in TIMING} for row in end["log"]] for end in (one, other)]
     assert logs[0] == logs[1]
+    files = [list(csv.DictReader(Path(f"runs/{name}/log.csv").read_text().splitlines())) for name in names]
+    files = [[{k: v for k, v in row.items() if k not in TIMING} for row in file] for file in files]
+    assert files[0] == [{k: "" if v is None else str(v) for k, v in row.items()} for row in logs[0]]
+    assert files[0] == files[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +313,13 @@ def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsy
             main(["--resume", "--name", "tiny", "--epochs", "3", *changes])
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
     # The same images a step in other pieces is the same run.
-    main(["--resume", "--name", "tiny", "--epochs", "3", "--batch-size", "2"])
+    main(["--resume", "--epochs", "3", "--batch-size", "2", "--set", "name=tiny"])
+    # So are other rates and another precision: groups are the same whatever their values.
+    capsys.readouterr()
+    main(
+        ["--resume", "--name", "tiny", "--epochs", "4", "--set", "trunk_lr_scale=1", "weight_decay=0", "precision=fp16"]
+    )
+    assert "now precision 'fp32' -> 'fp16'" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(drawn, in_tmp, capsys):
@@ -320,8 +333,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(drawn, in_tmp, ca
     train(config, resume=True)
     captured = capsys.readouterr()
     assert "runs/a/last.pth.tar is passed over" in captured.err
-    assert "goes on with runs/a/previous.pth.tar, step 3" in captured.out
+    assert "goes on with runs/a/previous.pth.tar, step 6" in captured.out
     same_end("a", "b")
+    whole = Path("runs/b/last.pth.tar").read_bytes()
+    for place in (0, 20, len(whole) - 30, len(whole) - 2000, *range(len(whole) - 500, len(whole), 60)):
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF  # in the zip file's own bookkeeping: its reader raises one thing or another, or nothing
+        path.write_bytes(broken)
+        assert newest_checkpoint(Path("runs/a"))[1]["step"] == 6
     for name in ("last", "previous"):
         Path(f"runs/a/{name}.pth.tar").write_bytes(content[:1000])
     with pytest.raises(SystemExit, match="no checkpoint in runs/a is whole; best"):
@@ -409,6 +428,10 @@ def test_out_of_gpu_memory(drawn, in_tmp, monkeypatch):
     monkeypatch.setattr(FPNSSD, "forward", full)
     with pytest.raises(TrainingStopped, match=r"batch of 4 images of 64 pixels.*--batch-size 2 .*Tried to allocate"):
         train(tiny_config(drawn))
+    monkeypatch.undo()
+    monkeypatch.chdir(in_tmp)
+    train(tiny_config(drawn, batch_size=2), resume=True)  # as it said; there is a way back from the first step on
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
 
 
 def test_a_full_disk_while_saving(drawn, in_tmp, monkeypatch, capsys):
@@ -430,13 +453,68 @@ def test_a_full_disk_while_saving(drawn, in_tmp, monkeypatch, capsys):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         train(tiny_config(drawn, epochs=3))
-        assert seen == [(True, 3), (False, 3), (True, 9)]
+        # At the start; for each epoch before its evaluation and after it.
+        assert seen == [(True, 0), (True, 3), (True, 3), (False, 3), (False, 3), (True, 9), (True, 9)]
         assert "step 6 could not be saved" in capsys.readouterr().err
         with pytest.raises(TrainingStopped, match="step 6 is not saved"):
             train(tiny_config(drawn, name="again"))  # it ends at step 6
     finally:
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(Path("runs/tiny").glob(".*"))  # nothing half written is left behind
+
+
+def test_a_full_disk_at_the_end_of_an_epoch(drawn, in_tmp, monkeypatch, capsys):
+    """No byte can be written: not the log, the curves, the pictures, the best weights. Training goes on."""
+    end_epoch = train_module.Training.end_epoch
+
+    def full(self, *arguments):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if self.run.step == 3 else limits[0], limits[1]))
+        try:
+            end_epoch(self, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(train_module.Training, "end_epoch", full)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        train(tiny_config(drawn))
+    finally:
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "best.pth.tar could not be written" in capsys.readouterr().err
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
+    assert len(Path("runs/tiny/log.csv").read_text().splitlines()) == 3
+    assert Path("runs/tiny/curves.png").is_file()
+    assert Path("runs/tiny/best.pth.tar").is_file()
+
+
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "ciou"])
+@pytest.mark.parametrize("class_loss", ["ohem", "focal", "quality"])
+def test_a_step_never_waits_for_the_device(drawn, in_tmp, box_loss, class_loss):
+    """What would make a GPU's host wait: numbers taken off it, choices by mask, and values copied onto it."""
+    waits = {
+        torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.masked_select.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.bincount.default,
+        torch.ops.aten.equal.default,
+    }  # fmt: skip
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            assert function not in waits, function
+            if function in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+                assert not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in arguments[1]), function
+            return function(*arguments, **(named or {}))
+
+    for matching in ("multibox", "atss"):
+        config = tiny_config(drawn, box_loss=box_loss, class_loss=class_loss, matching=matching, batch_norm="train")
+        training = train_module.Training(config, torch.device("cpu"), StopOnSignal(), resume=False)
+        train_module.set_train_mode(training.run.model)
+        batch = next(iter(training.loader))
+        with Watched():
+            training.train_step([batch], 1.0)
+        with Watched(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+            training.run.ema.updates.item()
+        shutil.rmtree("runs")
 
 
 def test_a_worker_that_is_killed(drawn, in_tmp, monkeypatch):
