@@ -169,7 +169,11 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
             f"{path} is for the runtime {kind}, not {runtime}: python export.py makes files for the others"
         )
     if kind == "torch":
-        return torch_detector(load_checkpoint(path)["model"].to(pick_device(device)), precision, str(path))
+        checkpoint = load_checkpoint(path)
+        model = checkpoint["model"].to(pick_device(device), memory_format=torch.channels_last)
+        detector = torch_detector(model, precision, str(path))
+        detector.about["training"] = checkpoint.get("train_config", {})
+        return detector
     import export  # its packages are needed by nobody else: requirements-deploy.txt
 
     return export.load_exported(path, device)

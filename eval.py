@@ -25,10 +25,11 @@ import distributed
 import intervals
 from datasets import DataError, DataList, DetectionDataset, make_loader
 from detections import read_coco, write_coco, write_voc
+from detector import load_detector
 from metrics import compute_metrics, rank, score
-from model import DEFAULT_CHECKPOINT, load_checkpoint, postprocess
+from model import DEFAULT_CHECKPOINT, postprocess
 from report import write_report
-from utils import InputError, autocast, explain, pick_device, pick_precision, whole_number, written_whole
+from utils import InputError, explain, whole_number, written_whole
 
 
 def main(argv=None):
@@ -103,17 +104,14 @@ def obtain_saved(path, data_list, args):
 
 def obtain(source, data_list, args):
     """The same of a checkpoint, with its configuration."""
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    checkpoint = load_checkpoint(source)
-    model = checkpoint["model"].to(device)
-    check_same_classes(model.config.classes, data_list, source)
+    detector = load_detector(source, args.device, precision=args.precision)
+    check_same_classes(detector.classes, data_list, source)
     knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k, "flip": args.flip}
-    predict_fn = Predictor(model, device, precision, **knobs)
-    detections, seconds = predict(predict_fn, data_list, model.config.image_size, args.batch_size, args.workers)
-    where = {"device": device.type, "precision": precision}
+    predict_fn = Predictor(detector, **knobs)
+    detections, seconds = predict(predict_fn, data_list, detector.config.image_size, args.batch_size, args.workers)
+    where = {name: detector.about[name] for name in ("runtime", "device", "precision")}
     settings = {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}
-    configuration = {"model": asdict(model.config), "training": checkpoint.get("train_config", {})}
+    configuration = {"model": asdict(detector.config), "training": detector.about.get("training", {})}
     return detections, {"settings": settings, "seconds": seconds, "configuration": configuration}
 
 
@@ -124,41 +122,34 @@ def obtain(source, data_list, args):
 class Predictor:
     """predict_fn(images uint8 (B, 3, S, S), sizes [(h, w)]) -> one dict of detections an image, on the CPU.
 
-    flip: probabilities and offsets are the mean of those of the image and of its mirror image. `seconds` counts the
-    time in the network and in decoding.
+    Of a detector.Detector. flip: probabilities and offsets are the mean of those of the image and of its mirror image.
+    `seconds` counts the time in the network and in decoding.
     """
 
-    def __init__(self, model, device, precision, min_score=0.01, max_overlap=0.45, top_k=200, flip=False):
-        self.model = model.eval().to(memory_format=torch.channels_last)
-        self.device, self.precision = device, precision
-        self.knobs = (min_score, max_overlap, top_k)
-        self.mirror = mirror_index(model.priors) if flip else None
+    def __init__(self, detector, min_score=0.01, max_overlap=0.45, top_k=200, flip=False):
+        self.detector, self.knobs = detector, (min_score, max_overlap, top_k)
+        self.mirror = mirror_index(detector.priors) if flip else None
         self.seconds = {"forward": 0.0, "decode": 0.0}
 
     @torch.no_grad()
     def __call__(self, images, sizes):
         start = self._now()
-        offsets, logits = self._forward(images.to(self.device, non_blocking=True))
+        offsets, logits = self.detector.forward(images)
         if self.mirror is not None:
-            mirrored_offsets, mirrored_logits = self._forward(images.flip(3).to(self.device))
+            mirrored_offsets, mirrored_logits = self.detector.forward(images.flip(3))
             sign = offsets.new_tensor([-1, 1, 1, 1])  # what was right of a prior is left of its mirror image
             offsets = (offsets + sign * mirrored_offsets[:, self.mirror]) / 2
             logits = ((logits.softmax(dim=2) + mirrored_logits[:, self.mirror].softmax(dim=2)) / 2).log()
         middle = self._now()
-        results = postprocess(offsets, logits, self.model.priors, sizes, *self.knobs)
+        results = postprocess(offsets, logits, self.detector.priors.to(offsets.device), sizes, *self.knobs)
         results = [{name: tensor.cpu() for name, tensor in result.items()} for result in results]
         self.seconds["forward"] += middle - start
         self.seconds["decode"] += self._now() - middle
         return results
 
-    def _forward(self, images):
-        with autocast(self.device, self.precision):
-            offsets, logits = self.model(images.contiguous(memory_format=torch.channels_last))
-        return offsets.float(), logits.float()
-
     def _now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.detector.about["device"] == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter()
 
 

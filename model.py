@@ -212,6 +212,12 @@ class OriginalFPN(nn.Module):
 NECKS = {"fpn": FPN, "original": OriginalFPN}
 
 
+def priors_of(config):
+    """The priors (P, 4) of a network of this configuration, without its weights."""
+    with torch.device("meta"):
+        return FPNSSD(config).priors
+
+
 class FPNSSD(nn.Module):
     """The detector: uint8 (or float 0..255) RGB images in, (offsets, logits) out, in training and evaluation alike.
 
@@ -262,9 +268,9 @@ class FPNSSD(nn.Module):
         offsets, logits = [], []
         for level, box_head, class_head in zip(levels, self.box_heads, self.class_heads, strict=True):
             # (B, A * K, H, W) -> (B, H * W * A, K): the order of the priors
-            offsets.append(box_head(level).permute(0, 2, 3, 1).reshape(len(images), -1, 4))
+            offsets.append(box_head(level).permute(0, 2, 3, 1).reshape(images.shape[0], -1, 4))
             class_scores = class_head(level).permute(0, 2, 3, 1)
-            logits.append(class_scores.reshape(len(images), -1, len(self.config.classes) + 1))
+            logits.append(class_scores.reshape(images.shape[0], -1, len(self.config.classes) + 1))
         return torch.cat(offsets, dim=1).float(), torch.cat(logits, dim=1).float()
 
 

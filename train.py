@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from datasets import DataError, DataList, DetectionDataset, EpochSampler, balanced_weights, make_loader
+from detector import torch_detector
 from eval import Predictor, check_same_classes, format_table, predict
 from loss import MultiBoxLoss
 from metrics import compute_metrics
@@ -378,7 +379,7 @@ class Training:
         """(metrics, detections) on the evaluation list, scores into the row; (None, None) but in the main process."""
         model = self.run.ema.module
         distributed.copy_from_main(list(model.buffers()))  # batch norm's statistics are each process's own
-        predict_fn = Predictor(model, self.device, self.config.precision)
+        predict_fn = Predictor(torch_detector(model, self.config.precision))
         detections, _ = predict(predict_fn, self.val_list, self.config.image_size, workers=self.config.workers)
         metrics = compute_metrics(self.val_list, detections) if distributed.is_main() else None
         if metrics:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datasets import DataList
+from detector import torch_detector
 from eval import Predictor, evaluate, main, mirror_index
 from model import FPNSSD, ModelConfig, save_checkpoint
 
@@ -102,7 +103,7 @@ def test_flip_of_a_mirrored_image_is_the_mirrored_answer():
         if isinstance(head, torch.nn.Conv2d):
             torch.nn.init.normal_(head.weight, std=0.05)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    predict_fn = Predictor(model, torch.device("cpu"), "fp32", flip=True)
+    predict_fn = Predictor(torch_detector(model, "fp32"), flip=True)
     straight, mirrored = predict_fn(images, [(64, 64)] * 2), predict_fn(images.flip(3), [(64, 64)] * 2)
     for one, other in zip(straight, mirrored, strict=True):
         assert len(one["scores"]) > 10
@@ -111,7 +112,7 @@ def test_flip_of_a_mirrored_image_is_the_mirrored_answer():
         boxes[:, [0, 2]] = 64 - boxes[:, [2, 0]]
         # Equal scores may change places.
         assert (torch.cdist(one["boxes"], boxes, p=1).min(dim=1).values < 0.05).float().mean() > 0.95
-    plain = Predictor(model, torch.device("cpu"), "fp32")(images, [(64, 64)] * 2)
+    plain = Predictor(torch_detector(model, "fp32"))(images, [(64, 64)] * 2)
     assert not torch.allclose(plain[0]["scores"][:10], straight[0]["scores"][:10], atol=1e-4)
 
 

@@ -23,6 +23,7 @@ import train as train_module
 from augment import NO_AUGMENTATION, AugmentConfig
 from create_data_lists import create_data_lists, read_voc
 from datasets import DataList, DetectionDataset, EpochSampler
+from detector import torch_detector
 from eval import Predictor, evaluate
 from loss import MultiBoxLoss
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
@@ -576,6 +577,6 @@ def test_it_learns_32_photographs_by_heart(voc_real, in_tmp):
     )
     train(config)
     model = load_checkpoint("runs/lite/last.pth.tar")["model"]
-    metrics = evaluate(Predictor(model, torch.device("cpu"), "fp32"), DataList.load("train.json"))
+    metrics = evaluate(Predictor(torch_detector(model, "fp32")), DataList.load("train.json"))
     print(f"training AP50 {metrics['voc2007_ap50']:.3f}")
     assert metrics["voc2007_ap50"] >= 0.90

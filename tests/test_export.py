@@ -1,0 +1,140 @@
+"""Exported files answer like the original, in any batch, from any thread, for eval.py and detect.py too."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import DataList, DetectionDataset
+from detect import main as detect_main
+from detector import load_detector
+from eval import main as eval_main
+from export import compare, export_onnx, export_openvino, load_exported, main, priors_of
+from model import FPNSSD, ModelConfig, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(drawn, tmp_path_factory):
+    """With small.pth.tar and its exports small.onnx and small.xml."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    classes = DataList.load(drawn / "val.json").classes
+    model = FPNSSD(ModelConfig(classes, "resnet18", image_size=64, fpn_channels=16))
+    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
+    save_checkpoint(folder / "small.pth.tar", model)
+    export_onnx(folder / "small.pth.tar", folder / "small.onnx")
+    export_openvino(folder / "small.pth.tar", folder / "small.xml")
+    return folder
+
+
+def noise(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.xml"])
+def test_exports_answer_like_the_original(folder, name):
+    original, exported = load_detector(folder / "small.pth.tar", precision="fp32"), load_detector(folder / name)
+    assert exported.config == original.config
+    assert torch.equal(exported.priors, original.priors)
+    for count in (1, 2, 5):
+        for mine, theirs in zip(original.forward(noise(count)), exported.forward(noise(count)), strict=True):
+            torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
+    assert exported.about["runtime"] == {"small.onnx": "onnx", "small.xml": "openvino"}[name]
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.xml"])
+def test_threads_get_their_own_answers(folder, name):
+    exported = load_detector(folder / name)
+    batches = [noise(2, seed) for seed in range(12)]
+    expected = [exported.forward(batch)[1] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(exported.forward, batches), expected, strict=True):
+            torch.testing.assert_close(found[1], wanted)
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.xml"])
+def test_eval_and_detect_take_them(folder, drawn, tmp_path, capsys, name):
+    common = ["--data", str(drawn), "--workers", "0", "--intervals", "0"]
+    numbers = []
+    for source in ("small.pth.tar", name):
+        eval_main([str(folder / source), *common, "--precision", "fp32", "--json", str(tmp_path / "m.json")])
+        numbers.append(json.loads((tmp_path / "m.json").read_text()))
+    assert numbers[1]["settings"]["runtime"] in ("onnx", "openvino")
+    for key in ("voc2007_ap50", "coco_ap"):
+        assert numbers[0][key] == pytest.approx(numbers[1][key], abs=0.003)
+    photograph = next((drawn / "voc" / "JPEGImages").glob("val_*.jpg"))
+    arguments = [
+        "--checkpoint",
+        str(folder / name),
+        "--json",
+        str(tmp_path / "d"),
+        "--no-pictures",
+        "--min-score",
+        "0.1",
+    ]
+    detect_main([str(photograph), *arguments])
+    found = json.loads((tmp_path / "d").read_text())["objects"]
+    wanted = load_detector(folder / "small.pth.tar", precision="fp32").predict(photograph, min_score=0.1)
+    assert [one["name"] for one in found] == wanted.names
+    np.testing.assert_allclose([one["box"] for one in found], wanted.boxes.numpy(), atol=0.1)
+
+
+def test_command_line_compares(folder, drawn, tmp_path, capsys):
+    main(
+        [str(folder / "small.pth.tar"), "--to", "onnx", "openvino", "--out", str(tmp_path / "x"), "--data", str(drawn)]
+    )
+    said = capsys.readouterr().out
+    assert (tmp_path / "x.onnx").is_file()
+    assert (tmp_path / "x.xml").is_file()
+    assert said.count("largest difference on 6 photographs: score") == 2
+    assert said.count("voc2007_ap50") == 2
+
+
+def test_8_bits_are_smaller_and_near(folder, drawn, tmp_path):
+    export_openvino(folder / "small.pth.tar", tmp_path / "int8.xml", int8_list=drawn / "train.json")
+    assert (tmp_path / "int8.bin").stat().st_size < 0.4 * (folder / "small.bin").stat().st_size
+    detectors = [load_detector(folder / "small.pth.tar", precision="fp32"), load_exported(tmp_path / "int8.xml")]
+    data_list = DataList.load(drawn / "val.json")
+    images = torch.stack([DetectionDataset(data_list, 64)[row]["image"] for row in range(len(data_list))])
+    exact, rounded = (detector.forward(images)[1].softmax(dim=2) for detector in detectors)
+    off = (exact - rounded).abs().mean()
+    assert 0 < off < 0.5 * (exact - exact.roll(1, dims=0)).abs().mean()  # far nearer than to another image's answer
+
+
+def test_comparison_sees_another_network(folder, tmp_path):
+    torch.manual_seed(1)
+    config = load_detector(folder / "small.pth.tar").config
+    save_checkpoint(tmp_path / "other.pth.tar", FPNSSD(config))
+    detectors = [
+        load_detector(path, precision="fp32") for path in (folder / "small.pth.tar", tmp_path / "other.pth.tar")
+    ]
+    assert compare(*detectors)["largest"]["score"] > 0.05
+    assert compare(detectors[0], detectors[0])["largest"] == {"score": 0, "box": 0}
+
+
+def test_bad_files_are_named(folder, tmp_path):
+    for suffix in (".onnx", ".xml"):
+        (tmp_path / f"bad{suffix}").write_text("hello")
+        with pytest.raises(ValueError, match=rf"bad\{suffix} is no .* file that can be read"):
+            load_exported(tmp_path / f"bad{suffix}")
+        with pytest.raises(FileNotFoundError, match="export.py makes one"):
+            load_exported(tmp_path / f"none{suffix}")
+    with pytest.raises(ValueError, match="run on the CPU here"):
+        load_exported(folder / "small.onnx", "cuda")
+    with pytest.raises(ValueError, match=r"for the runtime openvino, not onnx"):
+        load_detector(folder / "small.xml", runtime="onnx")
+    import onnx
+
+    plain = onnx.load(folder / "small.onnx")
+    del plain.metadata_props[:]
+    onnx.save(plain, tmp_path / "plain.onnx")
+    with pytest.raises(ValueError, match=r"plain\.onnx carries no configuration of ours"):
+        load_exported(tmp_path / "plain.onnx")
+
+
+def test_priors_without_weights():
+    config = ModelConfig(("a",), "resnet18", image_size=64, fpn_channels=16)
+    assert torch.equal(priors_of(config), FPNSSD(config).priors)
