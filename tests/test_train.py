@@ -62,8 +62,8 @@ def same_end(one, other):
     logs = [[{k: v for k, v in row.items() if k not in TIMING} for row in end["log"]] for end in (one, other)]
     assert logs[0] == logs[1]
     files = [list(csv.DictReader(Path(f"runs/{name}/log.csv").read_text().splitlines())) for name in names]
-    files = [[{k: v for k, v in row.items() if k not in TIMING} for row in file] for file in files]
-    assert files[0] == [{k: "" if v is None else str(v) for k, v in row.items()} for row in logs[0]]
+    files = [[{k: v for k, v in row.items() if v and k not in TIMING} for row in file] for file in files]
+    assert files[0] == [{k: str(v) for k, v in row.items() if v is not None} for row in logs[0]]
     assert files[0] == files[1]
 
 
