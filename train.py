@@ -203,7 +203,7 @@ class Training:
     def go(self):
         run, config = self.run, self.config
         metrics = None
-        if run.step >= self.num_steps and distributed.is_main():
+        if len(run.log) >= config.epochs and distributed.is_main():
             print(f"nothing left to do: all {config.epochs} epochs of {run.folder} are trained")
         self.watch = Watch(run.folder, self.device, run.step, self.num_steps)
         try:

@@ -41,15 +41,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.data = str(Path(args.data).resolve())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.chdir(folder) if sys.version_info >= (3, 11) else moved(folder),
-    ):
+    with tempfile.TemporaryDirectory() as folder, moved_to(folder):
         (measure_gpu if args.gpu else measure_cpu)(args)
 
 
 @contextlib.contextmanager
-def moved(folder):
+def moved_to(folder):
     before = Path.cwd()
     os.chdir(folder)
     try:
