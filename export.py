@@ -2,6 +2,7 @@
 
     python export.py runs/lite/best.pth.tar --to onnx openvino                 # runs/lite/best.onnx, best.xml
     python export.py runs/lite/best.pth.tar --to openvino --data data/vocreal  # compared on real photographs: AP too
+    python export.py runs/lite/best.pth.tar --decode                       # best_detect.onnx too: for other programs
     python export.py runs/lite/best.pth.tar --to openvino --int8 data/vocreal/train.json
     python eval.py runs/lite/best.xml --data data/vocreal                      # as does detect.py
 
@@ -22,7 +23,7 @@ import torch
 from datasets import DataList, DetectionDataset
 from detector import Detector, load_detector
 from eval import Predictor, evaluate
-from model import ModelConfig, decode_offsets, load_checkpoint, priors_of
+from model import CENTRE_VARIANCE, SIDE_VARIANCE, ModelConfig, decode_offsets, load_checkpoint, postprocess, priors_of
 from utils import InputError, explain, whole_number, written_whole
 
 CONFIG_KEY = "fpn_ssd"  # of the files' own metadata
@@ -36,14 +37,21 @@ def main(argv=None):
     try:
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images) if args.data else None
         original = load_detector(args.checkpoint, "cpu", precision="fp32")
+        base = Path(args.out or args.checkpoint.removesuffix(".tar").removesuffix(".pth"))
         for kind in args.to:
-            path = Path(args.out or Path(args.checkpoint).with_suffix("").with_suffix("")).with_suffix(SUFFIXES[kind])
+            path = base.with_name(base.name + SUFFIXES[kind])
             if kind == "onnx":
                 export_onnx(args.checkpoint, path)
             else:
                 export_openvino(args.checkpoint, path, args.int8, args.images)
             print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB")
             print(format_comparison(compare(original, load_exported(path), data_list, args.count)))
+        if args.decode:
+            path = base.with_name(f"{base.name}_detect.onnx")
+            export_with_decoding(args.checkpoint, path, args.top_k)
+            squares = sample_images(original, data_list, args.count)
+            same, images = compare_decoding(original, path, squares, args.top_k), len(squares)
+            print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB\n  the same detections in {same} of {images} images")
     except (InputError, OSError) as error:
         sys.exit(f"export: {explain(error)}")
 
@@ -56,6 +64,8 @@ def parse_args(argv):
     parser.add_argument("--to", nargs="+", choices=SUFFIXES, default=["onnx"])
     parser.add_argument("--out", help="file to write, without its ending; else beside the checkpoint")
     parser.add_argument("--int8", metavar="LIST", help="OpenVINO in 8 bits, calibrated on images of this data list")
+    parser.add_argument("--decode", action="store_true", help="besides, NAME_detect.onnx that ends in detections")
+    parser.add_argument("--top-k", type=whole_number(1), default=200, help="of --decode: detections an image")
     parser.add_argument("--data", help="folder of data lists, to compare on photographs")
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
@@ -83,6 +93,113 @@ def export_onnx(checkpoint, path):
         onnx.helper.set_model_props(exported, {CONFIG_KEY: config_text(model)})
         onnx.checker.check_model(exported)
         onnx.save(exported, temporary)
+
+
+def export_with_decoding(checkpoint, path, top_k=200):
+    """Writes ONNX that ends in detections, for programs without this project's code.
+
+    Inputs: images uint8 (B, 3, S, S), min_score (1,), max_overlap (1,). Outputs, best first and padded with zeros:
+    boxes (B, top_k, 4) xyxy in 0..1 of the image, scores (B, top_k), labels (B, top_k) int64 of 1..C, count (B,) int64.
+    The answer is model.postprocess's: per class, by the standard operator NonMaxSuppression.
+    """
+    need("onnx", "onnxscript")
+    import onnx
+
+    export_onnx(checkpoint, path)
+    model = load_checkpoint(checkpoint)["model"]
+    exported = onnx.load(path)
+    add_decoding(exported, model.priors, len(model.config.classes), top_k)
+    onnx.checker.check_model(exported)
+    with written_whole(path) as temporary:
+        onnx.save(exported, temporary)
+
+
+def add_decoding(exported, priors, num_classes, top_k):
+    """Replaces a model's outputs offsets and logits by boxes, scores, labels and count."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph, num_priors = exported.graph, len(priors)
+    count = min(top_k, num_priors * num_classes)
+    constants = {
+        "prior_centres": priors[:, :2].numpy(), "prior_sides": priors[:, 2:].numpy(),
+        "centre_variance": np.float32(CENTRE_VARIANCE), "side_variance": np.float32(SIDE_VARIANCE),
+        "zero": np.float32(0), "half": np.float32(0.5), "one": np.float32(1), "no_label": np.int64(0),
+        "from_1": np.array([1]), "from_2": np.array([2]), "from_0": np.array([0]), "axis_1": np.array([1]),
+        "axis_2": np.array([2]), "to_2": np.array([2]), "to_4": np.array([4]),
+        "to_end": np.array([2**31 - 1]), "first_label": np.int64(1), "classes": np.int64(num_classes),
+        "pairs": np.array([num_priors * num_classes]), "top_k": np.array([count]), "last": np.array([-1]),
+        "batch_column": np.int64(0), "class_column": np.int64(1), "prior_column": np.int64(2),
+    }  # fmt: skip
+    graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), f"decode_{name}") for name, value in constants.items()
+    )
+
+    def node(operator, inputs, output, **attributes):
+        inputs = [f"decode_{name}" if name in constants else name for name in inputs]
+        graph.node.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    # Boxes: (B, P, 4) corners, clipped.
+    node("Slice", ["offsets", "from_0", "to_2", "axis_2"], "d_moves")
+    node("Slice", ["offsets", "from_2", "to_4", "axis_2"], "d_growths")
+    node("Mul", ["d_moves", "centre_variance"], "d_moves_scaled")
+    node("Mul", ["d_moves_scaled", "prior_sides"], "d_shifts")
+    node("Add", ["d_shifts", "prior_centres"], "d_centres")
+    node("Mul", ["d_growths", "side_variance"], "d_growths_scaled")
+    node("Exp", ["d_growths_scaled"], "d_factors")
+    node("Mul", ["d_factors", "prior_sides"], "d_sides")
+    node("Mul", ["d_sides", "half"], "d_halves")
+    node("Sub", ["d_centres", "d_halves"], "d_low_raw")
+    node("Add", ["d_centres", "d_halves"], "d_high_raw")
+    node("Clip", ["d_low_raw", "zero", "one"], "d_low")
+    node("Clip", ["d_high_raw", "zero", "one"], "d_high")
+    node("Concat", ["d_low", "d_high"], "d_boxes", axis=2)
+    # Scores: (B, C, P), 0 for boxes that were clipped away.
+    node("Softmax", ["logits"], "d_shares", axis=2)
+    node("Slice", ["d_shares", "from_1", "to_end", "axis_2"], "d_scores_raw")
+    node("Sub", ["d_high", "d_low"], "d_extents")
+    node("ReduceMin", ["d_extents", "axis_2"], "d_narrowest", keepdims=1)
+    node("Greater", ["d_narrowest", "zero"], "d_is_box")
+    node("Where", ["d_is_box", "d_scores_raw", "zero"], "d_scores")
+    node("Transpose", ["d_scores"], "d_scores_by_class", perm=[0, 2, 1])
+    # What survives, (N, 3) of image, class, prior, goes back to its place in (B, P * C), where the best are taken.
+    node("NonMaxSuppression", ["d_boxes", "d_scores_by_class", "top_k", "max_overlap", "min_score"], "d_kept")
+    node("GatherND", ["d_scores_by_class", "d_kept"], "d_kept_scores")
+    for column in ("batch", "class", "prior"):
+        node("Gather", ["d_kept", f"{column}_column"], f"d_kept_{column}", axis=1)
+    node("Mul", ["d_kept_prior", "classes"], "d_kept_row")
+    node("Add", ["d_kept_row", "d_kept_class"], "d_kept_pair")
+    for name in ("batch", "pair"):
+        node("Unsqueeze", [f"d_kept_{name}", "axis_1"], f"d_place_{name}")
+    node("Concat", ["d_place_batch", "d_place_pair"], "d_places", axis=1)
+    node("Shape", ["logits"], "d_batch", start=0, end=1)
+    node("Concat", ["d_batch", "pairs"], "d_dense_shape", axis=0)
+    node("ConstantOfShape", ["d_dense_shape"], "d_nothing")
+    node("ScatterND", ["d_nothing", "d_places", "d_kept_scores"], "d_dense")
+    graph.node.append(helper.make_node("TopK", ["d_dense", "decode_top_k"], ["scores", "d_best"], axis=1))
+    node("Div", ["d_best", "classes"], "d_best_prior")
+    node("Mod", ["d_best", "classes"], "d_best_class")
+    node("Add", ["d_best_class", "first_label"], "d_labels")
+    node("Unsqueeze", ["d_best_prior", "last"], "d_best_places")
+    node("GatherND", ["d_boxes", "d_best_places"], "d_best_boxes", batch_dims=1)
+    node("Greater", ["scores", "zero"], "d_there")
+    node("Unsqueeze", ["d_there", "last"], "d_there_box")
+    node("Where", ["d_there_box", "d_best_boxes", "zero"], "boxes")
+    node("Where", ["d_there", "d_labels", "no_label"], "labels")
+    node("Cast", ["d_there"], "d_there_number", to=TensorProto.INT64)
+    node("ReduceSum", ["d_there_number", "axis_1"], "count", keepdims=0)
+
+    knobs = ("min_score", "max_overlap")
+    graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in knobs)
+    del graph.output[:]
+    graph.output.extend(
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["batch", count, 4]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", count]),
+            helper.make_tensor_value_info("labels", TensorProto.INT64, ["batch", count]),
+            helper.make_tensor_value_info("count", TensorProto.INT64, ["batch"]),
+        ]
+    )
 
 
 def export_openvino(checkpoint, path, int8_list=None, images=None):
@@ -128,7 +245,8 @@ def need(*packages):
 
 
 def size_of(path):
-    return sum(p.stat().st_size for p in (Path(path), Path(path).with_suffix(".bin")) if p.is_file())
+    """Bytes; OpenVINO keeps its weights in a file beside."""
+    return path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,14 +312,7 @@ def _load_openvino(path):
 def compare(original, exported, data_list=None, count=32):
     """How far an exported Detector is from the original: largest differences of scores and of boxes in 0..1 (where the
     score is 0.05 or more), and both VOC2007 and COCO AP if there is a data list; on noise if there is none."""
-    side = original.config.image_size
-    if data_list is None:
-        images = torch.randint(
-            0, 256, (8, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
-    else:
-        rows = np.unique(np.linspace(0, len(data_list) - 1, count).astype(int)).tolist()
-        images = torch.stack([DetectionDataset(data_list, side)[row]["image"] for row in rows])
+    images = sample_images(original, data_list, count)
     largest = {"score": 0.0, "box": 0.0}
     for batch in images.split(8):
         (offsets, logits), (other_offsets, other_logits) = original.forward(batch), exported.forward(batch)
@@ -212,9 +323,38 @@ def compare(original, exported, data_list=None, count=32):
         largest["box"] = max(largest["box"], (boxes - other_boxes).abs().max().item() if len(boxes) else 0.0)
     result = {"images": len(images), "real": data_list is not None, "largest": largest}
     if data_list is not None:
+        side = original.config.image_size
         metrics = [evaluate(Predictor(detector), data_list, side) for detector in (original, exported)]
         result["ap"] = {name: [m[name] for m in metrics] for name in ("voc2007_ap50", "coco_ap")}
     return result
+
+
+def sample_images(detector, data_list=None, count=32):
+    """uint8 (n, 3, S, S): of a data list, evenly spaced; noise if there is none."""
+    side = detector.config.image_size
+    if data_list is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (8, 3, side, side), dtype=torch.uint8, generator=generator)
+    rows = np.unique(np.linspace(0, len(data_list) - 1, count).astype(int)).tolist()
+    return torch.stack([DetectionDataset(data_list, side)[row]["image"] for row in rows])
+
+
+def compare_decoding(original, path, squares, top_k, min_score=0.05, max_overlap=0.45):
+    """In how many images a file with decoding finds what model.postprocess does: labels alike, and boxes to 1e-4."""
+    need("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    same = 0
+    for square in squares:
+        knobs = {"min_score": np.float32([min_score]), "max_overlap": np.float32([max_overlap])}
+        boxes, _, labels, count = session.run(None, {"images": square[None].numpy(), **knobs})
+        answer = original.forward(square[None])
+        (wanted,) = postprocess(*answer, original.priors, [(1, 1)], min_score, max_overlap, top_k)
+        found = int(count[0])
+        if found == len(wanted["labels"]) and labels[0, :found].tolist() == wanted["labels"].tolist():
+            same += np.allclose(boxes[0, :found], wanted["boxes"].numpy(), atol=1e-4)
+    return same
 
 
 def format_comparison(result):

@@ -1,9 +1,12 @@
 """Exported files answer like the original, in any batch, from any thread, for eval.py and detect.py too."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -11,8 +14,8 @@ from datasets import DataList, DetectionDataset
 from detect import main as detect_main
 from detector import load_detector
 from eval import main as eval_main
-from export import compare, export_onnx, export_openvino, load_exported, main, priors_of
-from model import FPNSSD, ModelConfig, save_checkpoint
+from export import add_decoding, compare, export_onnx, export_openvino, load_exported, main
+from model import FPNSSD, ModelConfig, postprocess, priors_of, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +86,15 @@ def test_eval_and_detect_take_them(folder, drawn, tmp_path, capsys, name):
 
 
 def test_command_line_compares(folder, drawn, tmp_path, capsys):
-    main(
-        [str(folder / "small.pth.tar"), "--to", "onnx", "openvino", "--out", str(tmp_path / "x"), "--data", str(drawn)]
-    )
+    arguments = ["--to", "onnx", "openvino", "--decode", "--out", str(tmp_path / "x"), "--data", str(drawn)]
+    main([str(folder / "small.pth.tar"), *arguments])
     said = capsys.readouterr().out
     assert (tmp_path / "x.onnx").is_file()
     assert (tmp_path / "x.xml").is_file()
     assert said.count("largest difference on 6 photographs: score") == 2
     assert said.count("voc2007_ap50") == 2
+    assert "x_detect.onnx" in said
+    assert re.search(r"the same detections in \d of 6 images", said)  # near-equal scores may change places
 
 
 def test_8_bits_are_smaller_and_near(folder, drawn, tmp_path):
@@ -126,8 +130,6 @@ def test_bad_files_are_named(folder, tmp_path):
         load_exported(folder / "small.onnx", "cuda")
     with pytest.raises(ValueError, match=r"for the runtime openvino, not onnx"):
         load_detector(folder / "small.xml", runtime="onnx")
-    import onnx
-
     plain = onnx.load(folder / "small.onnx")
     del plain.metadata_props[:]
     onnx.save(plain, tmp_path / "plain.onnx")
@@ -138,3 +140,29 @@ def test_bad_files_are_named(folder, tmp_path):
 def test_priors_without_weights():
     config = ModelConfig(("a",), "resnet18", image_size=64, fpn_channels=16)
     assert torch.equal(priors_of(config), FPNSSD(config).priors)
+
+
+@pytest.mark.parametrize(
+    ("min_score", "max_overlap", "top_k"), [(0.01, 0.45, 200), (0.2, 0.1, 5), (0.0, 1.0, 1000), (1, 0.5, 7)]
+)
+def test_decoding_inside_is_postprocess(folder, tmp_path, min_score, max_overlap, top_k):
+    detector = load_exported(folder / "small.onnx")  # the same runtime, so that decoding alone is compared
+    exported = onnx.load(folder / "small.onnx")
+    add_decoding(exported, detector.priors, len(detector.classes), top_k)
+    onnx.checker.check_model(exported)
+    onnx.save(exported, tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    images = noise(3)
+    knobs = {"min_score": np.float32([min_score]), "max_overlap": np.float32([max_overlap])}
+    boxes, scores, labels, count = session.run(None, {"images": images.numpy(), **knobs})
+    assert boxes.shape == (3, top_k, 4)
+    wanted = postprocess(*detector.forward(images), detector.priors, [(1, 1)] * 3, min_score, max_overlap, top_k)
+    for k, one in enumerate(wanted):
+        found = len(one["labels"])
+        assert count[k] == found
+        assert labels[k, :found].tolist() == one["labels"].tolist()
+        np.testing.assert_allclose(scores[k, :found], one["scores"].numpy(), atol=1e-6)
+        np.testing.assert_allclose(boxes[k, :found], one["boxes"].numpy(), atol=1e-5)
+        assert not boxes[k, found:].any()
+        assert not scores[k, found:].any()
+        assert not labels[k, found:].any()

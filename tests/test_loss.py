@@ -278,10 +278,14 @@ def test_the_quality_is_that_of_the_predicted_boxes():
     assert loss._quality(offsets, boxes)[0, 1].item() == 1  # a prior without an object aims at itself
 
 
-@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "ciou"])
-@pytest.mark.parametrize("class_loss", ["ohem", "focal", "quality"])
-@pytest.mark.parametrize("matching", ["multibox", "atss"])
-def test_every_combination_learns_and_survives_emptiness(box_loss, class_loss, matching):
+COMBINATIONS = [
+    ("smooth_l1", "ohem", "multibox"), ("giou", "focal", "atss"), ("ciou", "quality", "multibox"),
+    ("smooth_l1", "quality", "atss"), ("giou", "ohem", "multibox"), ("ciou", "focal", "atss"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("box_loss", "class_loss", "matching"), COMBINATIONS)
+def test_losses_and_matchings_learn_and_survive_emptiness(box_loss, class_loss, matching):
     torch.manual_seed(0)
     config = ModelConfig(("a", "b"), "resnet18", image_size=64, fpn_channels=16)
     priors, counts = (getattr(FPNSSD(config), name) for name in ("priors", "level_counts"))

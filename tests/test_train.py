@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_loss import COMBINATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
@@ -489,9 +490,8 @@ def test_a_full_disk_at_the_end_of_an_epoch(drawn, in_tmp, monkeypatch, capsys):
     assert Path("runs/tiny/best.pth.tar").is_file()
 
 
-@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "ciou"])
-@pytest.mark.parametrize("class_loss", ["ohem", "focal", "quality"])
-def test_a_step_never_waits_for_the_device(drawn, in_tmp, box_loss, class_loss):
+@pytest.mark.parametrize(("box_loss", "class_loss", "matching"), COMBINATIONS)
+def test_a_step_never_waits_for_the_device(drawn, in_tmp, box_loss, class_loss, matching):
     """What would make a GPU's host wait: numbers taken off it, choices by mask, and values copied onto it."""
     waits = {
         torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default,
@@ -506,16 +506,14 @@ def test_a_step_never_waits_for_the_device(drawn, in_tmp, box_loss, class_loss):
                 assert not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in arguments[1]), function
             return function(*arguments, **(named or {}))
 
-    for matching in ("multibox", "atss"):
-        config = tiny_config(drawn, box_loss=box_loss, class_loss=class_loss, matching=matching, batch_norm="train")
-        training = train_module.Training(config, torch.device("cpu"), StopOnSignal(), resume=False)
-        train_module.set_train_mode(training.run.model)
-        batch = next(iter(training.loader))
-        with Watched():
-            training.train_step([batch], 1.0)
-        with Watched(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-            training.run.ema.updates.item()
-        shutil.rmtree("runs")
+    config = tiny_config(drawn, box_loss=box_loss, class_loss=class_loss, matching=matching, batch_norm="train")
+    training = train_module.Training(config, torch.device("cpu"), StopOnSignal(), resume=False)
+    train_module.set_train_mode(training.run.model)
+    batch = next(iter(training.loader))
+    with Watched():
+        training.train_step([batch], 1.0)
+    with Watched(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        training.run.ema.updates.item()
 
 
 def test_a_worker_that_is_killed(drawn, in_tmp, monkeypatch):
