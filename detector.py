@@ -9,7 +9,6 @@ Asking is safe from several threads at once: nothing in a Detector changes after
 
 import io
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,13 +180,11 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
 
 def torch_detector(model, precision="auto", source="a model"):
     precision = pick_precision(precision, model.priors.device)
-    lock = threading.Lock()
 
     @torch.no_grad()
     def forward(squares):
-        if model.training:  # somebody's own model: switched for all who ask, once
-            with lock:
-                model.eval()
+        if model.training:  # somebody's own model
+            model.eval()
         device = model.priors.device  # now, as its owner may have moved it
         squares = squares.to(device).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):

@@ -137,7 +137,6 @@ def add_decoding(exported, priors, num_classes, top_k):
     def node(operator, inputs, output, **attributes):
         inputs = [f"decode_{name}" if name in constants else name for name in inputs]
         graph.node.append(helper.make_node(operator, inputs, [output], **attributes))
-        return output
 
     # Boxes: (B, P, 4) corners, clipped.
     node("Slice", ["offsets", "from_0", "to_2", "axis_2"], "d_moves")
@@ -277,6 +276,8 @@ def _load_onnx(path):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
         raise InputError(f"{path} is no ONNX file that can be read: {str(error)[:200]}") from error
+    if [output.name for output in session.get_outputs()] != ["offsets", "logits"]:
+        raise InputError(f"{path} decodes by itself, for other programs: here the file of export.py --to onnx serves")
 
     def forward(squares):
         return tuple(

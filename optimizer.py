@@ -9,7 +9,6 @@ import re
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import InputError
@@ -181,7 +180,3 @@ def _copy_classes(tensor, source, rows):
     ours = tensor.view(-1, len(rows), *tensor.shape[1:])
     theirs = source.view(len(ours), -1, *tensor.shape[1:])
     ours[:, kept] = theirs[:, [row for row in rows if row >= 0]]
-
-
-def count_parameters(model: nn.Module):
-    return sum(parameter.numel() for parameter in model.parameters())

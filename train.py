@@ -33,7 +33,6 @@ from optimizer import (
     EMA,
     batch_norm_buffers,
     build_optimizer,
-    count_parameters,
     freeze,
     load_weights,
     lr_factor,
@@ -186,9 +185,9 @@ class Training:
     def say_what_runs(self, train_list, step_images):
         if not distributed.is_main():
             return
-        config, model = self.config, self.run.model
+        config, num_parameters = self.config, sum(p.numel() for p in self.run.model.parameters())
         print(
-            f"{self.run.folder}: {config.trunk}, {count_parameters(model) / 1e6:.1f} M parameters, {len(train_list)} "
+            f"{self.run.folder}: {config.trunk}, {num_parameters / 1e6:.1f} M parameters, {len(train_list)} "
             f"images for training, {len(self.val_list)} for evaluation, {len(train_list.classes)} classes; "
             f"{distributed.num_processes()} x {self.device.type}, {config.precision}"
             + (", tf32 where it is fp32" if self.device.type == "cuda" and config.tf32 else "")

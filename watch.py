@@ -17,12 +17,11 @@ from tqdm import tqdm
 import distributed
 from datasets import DataError, collate, draw_batch, fit_image
 from distributed import is_main
-from report import draw_curves
+from report import SHOWN_SCORE, draw_curves
 from run import tolerant
 from utils import explain
 
 LINE_EVERY = 30  # seconds between lines where there is no terminal
-SHOWN_SCORE = 0.25  # of detections in pictures
 SHOWN_IMAGES = 8
 
 

@@ -137,6 +137,14 @@ def test_bad_files_are_named(folder, tmp_path):
         load_exported(tmp_path / "plain.onnx")
 
 
+def test_files_that_decode_by_themselves_are_for_others(folder, tmp_path):
+    exported = onnx.load(folder / "small.onnx")
+    add_decoding(exported, load_exported(folder / "small.onnx").priors, 6, 10)
+    onnx.save(exported, tmp_path / "decoded.onnx")
+    with pytest.raises(ValueError, match=r"decoded\.onnx decodes by itself"):
+        load_exported(tmp_path / "decoded.onnx")
+
+
 def test_priors_without_weights():
     config = ModelConfig(("a",), "resnet18", image_size=64, fpn_channels=16)
     assert torch.equal(priors_of(config), FPNSSD(config).priors)
