@@ -24,7 +24,7 @@ from datasets import DataList, DetectionDataset
 from detector import Detector, load_detector
 from eval import Predictor, evaluate
 from model import CENTRE_VARIANCE, SIDE_VARIANCE, ModelConfig, decode_offsets, load_checkpoint, postprocess, priors_of
-from utils import InputError, explain, whole_number, written_whole
+from utils import InputError, evenly_spaced, explain, whole_number, written_whole
 
 CONFIG_KEY = "fpn_ssd"  # of the files' own metadata
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
@@ -221,7 +221,7 @@ def quantised(exported, data_list, side):
     """8-bit weights and activations, from what CALIBRATION_IMAGES of the list, evenly spaced, make of them."""
     import nncf
 
-    rows = np.unique(np.linspace(0, len(data_list) - 1, CALIBRATION_IMAGES).astype(int)).tolist()
+    rows = evenly_spaced(len(data_list), CALIBRATION_IMAGES)
     samples = torch.utils.data.Subset(DetectionDataset(data_list, side), rows)
     calibration = nncf.Dataset(samples, lambda sample: sample["image"][None].numpy())
     return nncf.quantize(exported, calibration, subset_size=len(rows), preset=nncf.QuantizationPreset.MIXED)
@@ -336,7 +336,7 @@ def sample_images(detector, data_list=None, count=32):
     if data_list is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (8, 3, side, side), dtype=torch.uint8, generator=generator)
-    rows = np.unique(np.linspace(0, len(data_list) - 1, count).astype(int)).tolist()
+    rows = evenly_spaced(len(data_list), count)
     return torch.stack([DetectionDataset(data_list, side)[row]["image"] for row in rows])
 
 

@@ -83,6 +83,12 @@ def in_threads(function, items, ahead=64):
                 future.cancel()
 
 
+def evenly_spaced(length, count):
+    """At most `count` of the rows 0..length - 1, from the first to the last."""
+    count = min(count, length)
+    return [round(k * (length - 1) / max(count - 1, 1)) for k in range(count)]
+
+
 def class_colour(label):
     """An RGB colour for a label, far in hue from its neighbours' (steps of the golden ratio)."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 0.95)

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 
-import numpy as np
 import torch
 from torch.distributed import DistError
 from torchvision.transforms.functional import pil_to_tensor
@@ -19,7 +18,7 @@ from datasets import DataError, collate, draw_batch, fit_image
 from distributed import is_main
 from report import SHOWN_SCORE, draw_curves
 from run import tolerant
-from utils import explain
+from utils import evenly_spaced, explain
 
 LINE_EVERY = 30  # seconds between lines where there is no terminal
 SHOWN_IMAGES = 8
@@ -170,7 +169,7 @@ class StopOnSignal:
 def draw_found(data_list, detections, classes, side=300):
     """SHOWN_IMAGES of a list, evenly spaced, with what was found in them, as one PIL image."""
     samples = []
-    for index in np.unique(np.linspace(0, len(data_list) - 1, SHOWN_IMAGES).astype(int)).tolist():
+    for index in evenly_spaced(len(data_list), SHOWN_IMAGES):
         found = {name: tensor[detections[index]["scores"] >= SHOWN_SCORE] for name, tensor in detections[index].items()}
         height, width = data_list.sizes[index].tolist()
         samples.append(
