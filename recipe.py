@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from augment import NO_AUGMENTATION, AugmentConfig
 from distributed import num_processes
 from loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
+from model import ModelConfig
 from run import saved_config
 from utils import InputError, set_fields
 
@@ -29,6 +30,7 @@ class TrainConfig:
     weights: str = ""  # a checkpoint to start from, of any classes: what fits is taken
     image_size: int = 300
     fpn_channels: int = 256
+    scales: tuple = ModelConfig.scales  # of the priors, a level each
     frozen_stages: int = 1  # trunk stages that do not train: -1 none, 0 the stem, k the stem and k stages
     batch_norm: str = "frozen"  # the trunk's keeps its ImageNet statistics and factors; or train; or sync: over GPUs
 

@@ -1,0 +1,257 @@
+"""Which recipe finds more on VOCreal: named variants of the lite preset, trained and scored alike.
+
+    python benchmarks/accuracy.py screen base giou atss                  # 12 epochs, seed 0, on the screening split
+    python benchmarks/accuracy.py confirm base atss --seeds 0 1 2        # 24 epochs, on val
+    python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
+
+`screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
+read by `confirm`, once a run, after the last epoch. Every run is kept as runs/accuracy_STAGE_VARIANT_SEED and resumed
+if it was stopped; a finished one becomes a row of benchmarks/accuracy.csv and is not run again. Differences whose
+interval holds 0 are called noise.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import intervals
+from datasets import DataError, DataList, hash_file
+from detections import read_coco, write_coco
+from detector import torch_detector
+from eval import Predictor, predict
+from metrics import compute_metrics, rank
+from recipe import lite
+from run import as_builtins, newest_checkpoint
+from train import load_lists, train
+from utils import InputError, explain, set_fields, written_whole
+
+VARIANTS = {
+    "base": [],
+    "thaw": ["frozen_stages=1"],
+    "slow_trunk": ["trunk_lr_scale=0.1"],
+    "fast_trunk": ["trunk_lr_scale=0.5"],
+    "half_lr": ["lr=0.0005"],
+    "double_lr": ["lr=0.002"],
+    "giou": ["box_loss=giou", "box_weight=2.0"],
+    "atss": ["matching=atss", "box_loss=giou", "box_weight=2.0"],
+    "focal": ["class_loss=focal"],
+    "atss_quality": ["matching=atss", "class_loss=quality", "box_loss=giou", "box_weight=2.0"],
+    "mosaic": ["augment.mosaic=0.5"],
+    "copy_paste": ["augment.copy_paste=0.5"],
+    "balance": ["class_balance=0.5"],
+    "smaller_priors": ["scales=(0.06, 0.14, 0.28, 0.44, 0.6, 0.76, 0.9)"],
+    "lite1": ["trunk=tf_efficientnet_lite1"],
+    "lite2": ["trunk=tf_efficientnet_lite2"],
+}
+EPOCHS = {"screen": 12, "confirm": 24}
+SCREENING_IMAGES = 200
+RESULTS = Path("benchmarks/accuracy.csv")
+SCORES = (
+    "voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50", "coco_ap75", "coco_ap_small", "coco_ap_medium",
+    "coco_ap_large",
+)  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("screen", "confirm", "table"))
+    parser.add_argument("names", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; of table: a stage")
+    parser.add_argument("--data", default="data/vocreal", help="folder of the data lists train and val")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}")
+    parser.add_argument("--against", default="base", help="of table: the variant that others are compared with")
+    args = parser.parse_args(argv)
+    try:
+        if args.what == "table":
+            for stage in args.names or EPOCHS:
+                print_table(stage, args)
+            return
+        folder = lists_of(args.what, Path(args.data))
+        for seed in args.seeds:
+            for name in args.names:
+                run_variant(args.what, name, seed, folder, args.epochs or EPOCHS[args.what])
+    except (InputError, OSError) as error:
+        sys.exit(f"accuracy: {explain(error)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which photographs
+
+
+def lists_of(stage, data):
+    """Folder with the lists train and val of a stage; DataError if train, screening and val share a photograph."""
+    parts = {name: json.loads((data / f"{name}.json").read_text(encoding="utf-8")) for name in ("train", "val")}
+    # VOC2012's photographs are called by their year, VOC2007's and COCO's are not.
+    of_voc2012 = [i["id"] for i in parts["train"]["images"] if re.match(r"20\d\d_", i["file_name"])]
+    taken = set(random.Random(0).sample(sorted(of_voc2012), SCREENING_IMAGES))
+    splits = {
+        "train": chosen(parts["train"], lambda image_id: image_id not in taken),
+        "screening": chosen(parts["train"], lambda image_id: image_id in taken),
+        "val": parts["val"],
+    }
+    check_apart(splits)
+    if stage == "confirm":
+        return data
+    folder = data.with_name(f"{data.name}_screen")
+    for name, part in (("train", "train"), ("val", "screening")):
+        content = json.dumps(splits[part])
+        path = folder / f"{name}.json"
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            with written_whole(path) as temporary:
+                Path(temporary).write_text(content, encoding="utf-8")
+    return folder
+
+
+def chosen(content, wanted):
+    """A data list's JSON with the images whose id is wanted, and their objects."""
+    images = [one for one in content["images"] if wanted(one["id"])]
+    objects = [one for one in content["annotations"] if wanted(one["image_id"])]
+    return {**content, "images": images, "annotations": objects}
+
+
+def check_apart(splits):
+    """DataError if the same bytes are in two of the lists."""
+    seen = {}
+    for name, content in splits.items():
+        for image in content["images"]:
+            path = Path(content["info"]["image_root"]) / image["file_name"]
+            before, other = seen.setdefault(hash_file(path), (name, path))
+            if before != name:
+                raise DataError(f"{path} of {name} is {other} of {before}: the lists must not share photographs")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def run_variant(stage, name, seed, folder, epochs):
+    """Trains a variant, or what is left of it, scores its last epoch and adds the row, unless it is there."""
+    if name not in VARIANTS:
+        raise InputError(f"no variant {name!r}: there is {', '.join(VARIANTS)}")
+    config = replace(
+        set_fields(lite(), VARIANTS[name]), data=str(folder), cache="disk", seed=seed,
+        epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
+    )  # fmt: skip
+    digest = config_hash(config)
+    if any(row["run"] == config.name and row["config_hash"] == digest for row in read_results()):
+        print(f"{config.name} is in {RESULTS} already")
+        return
+    run_folder = Path("runs") / config.name
+    train(config, resume=(run_folder / "config.json").is_file())
+    _, checkpoint = newest_checkpoint(run_folder)
+    if len(checkpoint["log"]) < epochs:
+        sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")
+    _, val_list = load_lists(config)
+    found, _ = predict(Predictor(torch_detector(checkpoint["model"])), val_list, config.image_size)
+    write_coco(run_folder / "detections.json", val_list, found)
+    metrics = compute_metrics(val_list, found)
+    limits = intervals.intervals(val_list, intervals.match(val_list, rank(val_list, found)))
+    row = {
+        "run": config.name, "stage": stage, "variant": name, "seed": seed, "epochs": epochs,
+        "images": len(load_lists(config)[0]), "git": revision(), "config_hash": digest, "hardware": hardware(),
+        "minutes": round(sum(one["seconds"] for one in checkpoint["log"]) / 60, 1),
+    }  # fmt: skip
+    for score in SCORES:
+        row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
+        if score in limits:
+            row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
+    write_results([*(one for one in read_results() if one["run"] != config.name), row])
+    print(", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def config_hash(config):
+    """What decides a run's result, in eight digits."""
+    values = as_builtins(replace(config, name="", cache="off", workers=0, save_minutes=0.0, log_every=1))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def revision():
+    def git(*words):
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def hardware():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def read_results():
+    if not RESULTS.is_file():
+        return []
+    with open(RESULTS, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_results(rows):
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with written_whole(RESULTS) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+def print_table(stage, args):
+    """A line a variant and number of epochs: means over its seeds, and what it has over the one it is held against."""
+    rows = [row for row in read_results() if row["stage"] == stage]
+    groups = {}
+    for row in rows:
+        groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
+    print(f"\n{stage}: means over seeds; differences to {args.against} with 95 % intervals, paired by seed and image")
+    print("| variant | epochs | seeds | VOC2007 AP50 (spread) | COCO AP | S / M / L | min | VOC2007 AP50 difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (epochs, variant), seeds in sorted(groups.items()):
+        means = {name: statistics.mean(float(row[name]) for row in seeds.values()) for name in (*SCORES, "minutes")}
+        points = [float(row["voc2007_ap50"]) for row in seeds.values()]
+        sizes = " / ".join(f"{means[f'coco_ap_{size}']:.1f}" for size in ("small", "medium", "large"))
+        spread = f" ({min(points):.1f} .. {max(points):.1f})" if len(points) > 1 else ""
+        against = groups.get((epochs, args.against), {})
+        said = "" if variant == args.against else difference(stage, against, seeds, args)
+        print(
+            f"| {variant} | {epochs} | {len(seeds)} | {means['voc2007_ap50']:.1f}{spread} | {means['coco_ap']:.1f} | "
+            f"{sizes} | {means['minutes']:.0f} | {said} |"
+        )
+
+
+def difference(stage, base, other, args):
+    """Of two groups of runs, over the seeds they share: the mean difference, and of interval ends the mean as well.
+
+    Interval ends of several seeds are not drawn together: seeds share the photographs, which are most of the noise.
+    """
+    shared = sorted(base.keys() & other.keys())
+    data_list = DataList.load(lists_of(stage, Path(args.data)) / "val.json")
+    results = []
+    for seed in shared:
+        files = [Path("runs") / group[seed]["run"] / "detections.json" for group in (base, other)]
+        if all(file.is_file() for file in files):
+            matched = [intervals.match(data_list, rank(data_list, read_coco(file, data_list)[0])) for file in files]
+            results.append(intervals.compare(data_list, *matched)["voc2007_ap50"])
+    if not results:
+        return "no seed in common" if not shared else "detections of these runs are not here"
+    mean = 100 * statistics.mean(one["difference"] for one in results)
+    low, high = (100 * statistics.mean(one["interval"][end] for one in results) for end in (0, 1))
+    verdict = "better" if low > 0 else "worse" if high < 0 else "noise"
+    return f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}): {verdict}"
+
+
+if __name__ == "__main__":
+    main()
