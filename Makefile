@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-deploy.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-app.txt requirements-deploy.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -288,7 +288,7 @@ def hash_file(path):
 
 
 @contextlib.contextmanager
-def open_image(path, name=None):
+def open_image(path, name=None, max_pixels=MAX_PIXELS):
     """A PIL image, not yet decoded, for a with block; what goes wrong inside is a DataError that names the file.
 
     path: or an open file, with a name for it.
@@ -296,8 +296,8 @@ def open_image(path, name=None):
     file, path = path, name or path
     try:
         with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
             yield image
     except FileNotFoundError:
         raise DataError(f"image {path} is missing", "image missing") from None

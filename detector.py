@@ -106,12 +106,15 @@ class Detector:
             yield from self._answer(pending, min_score, max_overlap, top_k, suppress)
 
     def _answer(self, pictures, min_score, max_overlap, top_k, suppress):
-        squares = torch.stack([fit_image(picture, self.config.image_size) for picture, _ in pictures])
-        offsets, logits = self.forward(squares)
+        offsets, logits = self.look([picture for picture, _ in pictures])
         sizes = [(picture.height, picture.width) for picture, _ in pictures]
         yield from self.decode(
             offsets, logits, sizes, [s for _, s in pictures], min_score, max_overlap, top_k, suppress
         )
+
+    def look(self, pictures):
+        """(offsets, logits) of RGB PIL images: what the network says of them, for decode."""
+        return self.forward(torch.stack([fit_image(picture, self.config.image_size) for picture in pictures]))
 
     def decode(self, offsets, logits, sizes, sources, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None):
         """What forward said of pictures of these sizes, as Detections; the network does not run again."""
@@ -199,17 +202,18 @@ def torch_detector(model, precision="auto", source="a model"):
 # Pictures of any kind
 
 
-def as_image(picture):
+def as_image(picture, name="from bytes", max_pixels=MAX_PIXELS):
     """A new RGB PIL image, upright, of a path, PIL image, bytes, numpy array or tensor; InputError otherwise.
 
     Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8, uint16 or float 0..1; tensors (3, H, W) or (1, H, W)
     uint8 or float 0..1. What is given is never changed. 16 bits lose their lower half, transparency is filled.
+    name: of bytes, for messages. max_pixels: files with more are refused before they are decoded.
     """
     if isinstance(picture, (str, os.PathLike)):
-        with open_image(picture) as image:
+        with open_image(picture, max_pixels=max_pixels) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(picture, (bytes, bytearray, memoryview)):
-        with open_image(io.BytesIO(picture), "from bytes") as image:
+        with open_image(io.BytesIO(picture), name, max_pixels) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(picture, Image.Image):
         if picture.width * picture.height > MAX_PIXELS:
