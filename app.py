@@ -10,6 +10,7 @@ anything. Turning the knobs of decoding does not ask the network again: what it 
 import argparse
 import html
 import io
+import math
 import os
 import secrets
 import sys
@@ -45,7 +46,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-act
 def main(argv=None):
     args = parse_args(argv)
     try:
-        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
+        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, pictures=math.inf)
     except (InputError, OSError) as error:
         sys.exit(f"app: {explain(error)}")
     app = build_app(detector, Limits(args.max_mb * 10**6, args.max_megapixels * 10**6))

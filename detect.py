@@ -80,9 +80,9 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         check_knobs(args.min_score, args.max_overlap, args.top_k)
-        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
-        suppress = classes_to_suppress(args, detector.classes)
         sources = list(find_sources(args.images))
+        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, len(sources))
+        suppress = classes_to_suppress(args, detector.classes)
         with Writers(args, detector.classes, sources) as writers:
             for source, picture, found in tqdm(
                 answers(detector, sources, args, suppress, writers), total=len(sources), unit="picture", disable=None

@@ -21,6 +21,7 @@ from model import FPNSSD, load_checkpoint, postprocess
 from utils import InputError, autocast, pick_device, pick_precision
 
 RUNTIMES = ("auto", "torch", "onnx", "openvino")
+WORTH_CONVERTING = 30  # pictures
 
 
 @dataclass
@@ -153,11 +154,13 @@ def without_classes(logits, labels):
 # Where a detector comes from
 
 
-def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"):
+def load_detector(path_or_model, device="auto", runtime="auto", precision="auto", pictures=1):
     """A Detector of a checkpoint, an exported .onnx or OpenVINO .xml file, or an FPNSSD.
 
-    runtime: torch for checkpoints, onnx and openvino for what export.py writes; auto goes by the file. precision:
-    fp32, bf16 or fp16, of torch. An FPNSSD stays where it is unless a device is named.
+    runtime: torch, or onnx or openvino, for which a checkpoint is converted once; auto, where a checkpoint is to run on
+    a CPU, takes a converted file that lies beside it, makes one if more than WORTH_CONVERTING `pictures` are to come
+    and requirements-deploy.txt is installed, and is torch otherwise. precision: fp32, bf16 or fp16, of torch. An
+    FPNSSD stays where it is unless a device is named.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
@@ -165,20 +168,33 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
         model = path_or_model if device == "auto" else path_or_model.to(pick_device(device))
         return torch_detector(model, precision, "a model")
     path = Path(path_or_model)
-    kind = {".onnx": "onnx", ".xml": "openvino"}.get(path.suffix.lower(), "torch")
-    if runtime not in ("auto", kind):
-        raise InputError(
-            f"{path} is for the runtime {kind}, not {runtime}: python export.py makes files for the others"
-        )
-    if kind == "torch":
-        checkpoint = load_checkpoint(path)
-        model = checkpoint["model"].to(pick_device(device), memory_format=torch.channels_last)
-        detector = torch_detector(model, precision, str(path))
-        detector.about["training"] = checkpoint.get("train_config", {})
-        return detector
-    import export  # its packages are needed by nobody else: requirements-deploy.txt
+    kind = runtime_of(path)
+    if kind != "torch":
+        if runtime not in ("auto", kind):
+            raise InputError(f"{path} is for the runtime {kind}, not {runtime}: give the checkpoint it was made of")
+        import runtimes  # what it needs is installed where exported files are
 
-    return export.load_exported(path, device)
+        return runtimes.load_exported(path, device)
+    place = pick_device(device)
+    on_cpu = place.type == "cpu" and precision == "auto"
+    if runtime not in ("auto", "torch") and not on_cpu:
+        raise InputError(f"runtime {runtime} runs on the CPU, at the precision it finds fast: leave --precision alone")
+    if runtime != "torch" and on_cpu and path.is_file():
+        import runtimes
+
+        make = pictures > WORTH_CONVERTING or runtime != "auto"
+        if detector := runtimes.detector_beside(path, runtime, make):
+            return detector
+    checkpoint = load_checkpoint(path)
+    model = checkpoint["model"].to(place, memory_format=torch.channels_last)
+    detector = torch_detector(model, precision, str(path))
+    detector.about["training"] = checkpoint.get("train_config", {})
+    return detector
+
+
+def runtime_of(path):
+    """The runtime that a file is for, by its ending."""
+    return {".onnx": "onnx", ".xml": "openvino"}.get(Path(path).suffix.lower(), "torch")
 
 
 def torch_detector(model, precision="auto", source="a model"):

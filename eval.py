@@ -25,7 +25,7 @@ import distributed
 import intervals
 from datasets import DataError, DataList, DetectionDataset, make_loader
 from detections import read_coco, write_coco, write_voc
-from detector import load_detector
+from detector import load_detector, runtime_of
 from metrics import compute_metrics, rank, score
 from model import DEFAULT_CHECKPOINT, postprocess
 from report import write_report
@@ -104,7 +104,7 @@ def obtain_saved(path, data_list, args):
 
 def obtain(source, data_list, args):
     """The same of a checkpoint, with its configuration."""
-    detector = load_detector(source, args.device, precision=args.precision)
+    detector = load_detector(source, args.device, runtime_of(source), args.precision)
     check_same_classes(detector.classes, data_list, source)
     knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k, "flip": args.flip}
     predict_fn = Predictor(detector, **knobs)

@@ -3,7 +3,7 @@
     python export.py runs/lite/best.pth.tar --to onnx openvino                 # runs/lite/best.onnx, best.xml
     python export.py runs/lite/best.pth.tar --to openvino --data data/vocreal  # compared on real photographs: AP too
     python export.py runs/lite/best.pth.tar --decode                       # best_detect.onnx too: for other programs
-    python export.py runs/lite/best.pth.tar --to openvino --int8 data/vocreal/train.json
+    python export.py runs/lite/best.pth.tar --to openvino --int8 data/vocreal/train.json  # best_int8.xml
     python eval.py runs/lite/best.xml --data data/vocreal                      # as does detect.py
 
 The files take uint8 images (B, 3, S, S), B as you like, and answer with offsets (B, P, 4) and logits (B, P, C + 1):
@@ -13,21 +13,22 @@ in requirements-deploy.txt.
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets import DataList, DetectionDataset
-from detector import Detector, load_detector
+from datasets import DataList, DetectionDataset, hash_file
+from detector import load_detector
 from eval import Predictor, evaluate
-from model import CENTRE_VARIANCE, SIDE_VARIANCE, ModelConfig, decode_offsets, load_checkpoint, postprocess, priors_of
+from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess
+from runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
 from utils import InputError, evenly_spaced, explain, whole_number, written_whole
 
-CONFIG_KEY = "fpn_ssd"  # of the files' own metadata
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 CALIBRATION_IMAGES = 300
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
@@ -36,10 +37,10 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images) if args.data else None
-        original = load_detector(args.checkpoint, "cpu", precision="fp32")
-        base = Path(args.out or args.checkpoint.removesuffix(".tar").removesuffix(".pth"))
+        original = load_detector(args.checkpoint, "cpu", "torch", "fp32")
         for kind in args.to:
-            path = base.with_name(base.name + SUFFIXES[kind])
+            int8 = "_int8" if args.int8 and kind == "openvino" else ""
+            path = exported_path(args.out or args.checkpoint, kind, int8)
             if kind == "onnx":
                 export_onnx(args.checkpoint, path)
             else:
@@ -47,7 +48,7 @@ def main(argv=None):
             print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB")
             print(format_comparison(compare(original, load_exported(path), data_list, args.count)))
         if args.decode:
-            path = base.with_name(f"{base.name}_detect.onnx")
+            path = exported_path(args.out or args.checkpoint, "onnx", "_detect")
             export_with_decoding(args.checkpoint, path, args.top_k)
             squares = sample_images(original, data_list, args.count)
             same, images = compare_decoding(original, path, squares, args.top_k), len(squares)
@@ -90,7 +91,7 @@ def export_onnx(checkpoint, path):
             dynamic_shapes={"images": {0: BATCH}}, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
         exported = onnx.load(temporary)
-        onnx.helper.set_model_props(exported, {CONFIG_KEY: config_text(model)})
+        onnx.helper.set_model_props(exported, {CONFIG_KEY: config_text(model), SOURCE_KEY: hash_file(checkpoint)})
         onnx.checker.check_model(exported)
         onnx.save(exported, temporary)
 
@@ -213,8 +214,13 @@ def export_openvino(checkpoint, path, int8_list=None, images=None):
     if int8_list:
         exported = quantised(exported, DataList.load(int8_list, images), side)
     exported.set_rt_info(config_text(model), CONFIG_KEY)
+    exported.set_rt_info(hash_file(checkpoint), SOURCE_KEY)
     path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(exported, path, compress_to_fp16=False)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        openvino.save_model(exported, temporary, compress_to_fp16=False)
+        for suffix in (".bin", ".xml"):  # who finds the .xml finds its weights
+            os.replace(temporary.with_suffix(suffix), path.with_suffix(suffix))
 
 
 def quantised(exported, data_list, side):
@@ -235,75 +241,9 @@ def config_text(model):
     return json.dumps(asdict(model.config))
 
 
-def need(*packages):
-    for name in packages:
-        try:
-            __import__(name)
-        except ImportError:
-            raise InputError(f"{name} is not installed: pip install -r requirements-deploy.txt") from None
-
-
 def size_of(path):
     """Bytes; OpenVINO keeps its weights in a file beside."""
     return path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def load_exported(path, device="auto"):
-    """A Detector of a file that export.py wrote; runs on the CPU, as precisely as its runtime finds fast."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}: python export.py makes one of a checkpoint")
-    if device not in ("auto", "cpu"):
-        raise InputError(f"exported files run on the CPU here, not on {device!r}")
-    forward, text, runtime = (_load_onnx if path.suffix.lower() == ".onnx" else _load_openvino)(path)
-    try:
-        config = ModelConfig(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} carries no configuration of ours ({error}): was it made by export.py?") from error
-    about = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": "auto"}
-    return Detector(forward, config, priors_of(config), about)
-
-
-def _load_onnx(path):
-    need("onnxruntime")
-    import onnxruntime
-
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common class
-        raise InputError(f"{path} is no ONNX file that can be read: {str(error)[:200]}") from error
-    if [output.name for output in session.get_outputs()] != ["offsets", "logits"]:
-        raise InputError(f"{path} decodes by itself, for other programs: here the file of export.py --to onnx serves")
-
-    def forward(squares):
-        return tuple(
-            torch.from_numpy(array) for array in session.run(["offsets", "logits"], {"images": squares.numpy()})
-        )
-
-    return forward, session.get_modelmeta().custom_metadata_map.get(CONFIG_KEY, ""), "onnx"
-
-
-def _load_openvino(path):
-    need("openvino")
-    import openvino
-
-    try:
-        network = openvino.Core().read_model(path)
-        compiled = openvino.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    except RuntimeError as error:
-        raise InputError(f"{path} is no OpenVINO file that can be read: {str(error)[:200]}") from error
-
-    def forward(squares):
-        # A request of its own for each call: one shared by threads would mix their answers.
-        answer = compiled.create_infer_request().infer([squares.contiguous().numpy()])
-        return tuple(torch.from_numpy(np.array(answer[k])) for k in range(2))
-
-    text = network.get_rt_info(CONFIG_KEY).astype(str) if network.has_rt_info(CONFIG_KEY) else ""
-    return forward, text, "openvino"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_standard_input_and_output(folder):
         (["empty"], "folder empty holds no picture"),
         (["photo.jpg", "--classes", "cow"], "no class cow: the model knows cat, dog"),
         (["photo.jpg", "--min-score", "2"], "min_score is 2.0"),
-        (["photo.jpg", "--runtime", "onnx"], "is for the runtime torch, not onnx"),
+        (["photo.jpg", "--runtime", "onnx", "--precision", "fp32"], "leave --precision alone"),
         (["photo.jpg", "--checkpoint", "none.pth.tar"], "no checkpoint 'none.pth.tar'"),
     ],
 )

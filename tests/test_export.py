@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,8 +17,9 @@ from datasets import DataList, DetectionDataset
 from detect import main as detect_main
 from detector import load_detector
 from eval import main as eval_main
-from export import add_decoding, compare, export_onnx, export_openvino, load_exported, main
+from export import add_decoding, compare, export_onnx, export_openvino, main
 from model import FPNSSD, ModelConfig, postprocess, priors_of, save_checkpoint
+from runtimes import load_exported
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def noise(count, seed=0):
 
 @pytest.mark.parametrize("name", ["small.onnx", "small.xml"])
 def test_exports_answer_like_the_original(folder, name):
-    original, exported = load_detector(folder / "small.pth.tar", precision="fp32"), load_detector(folder / name)
+    original, exported = load_detector(folder / "small.pth.tar", runtime="torch"), load_detector(folder / name)
     assert exported.config == original.config
     assert torch.equal(exported.priors, original.priors)
     for count in (1, 2, 5):
@@ -80,7 +84,7 @@ def test_eval_and_detect_take_them(folder, drawn, tmp_path, capsys, name):
     ]
     detect_main([str(photograph), *arguments])
     found = json.loads((tmp_path / "d").read_text())["objects"]
-    wanted = load_detector(folder / "small.pth.tar", precision="fp32").predict(photograph, min_score=0.1)
+    wanted = load_detector(folder / "small.pth.tar", runtime="torch").predict(photograph, min_score=0.1)
     assert [one["name"] for one in found] == wanted.names
     np.testing.assert_allclose([one["box"] for one in found], wanted.boxes.numpy(), atol=0.1)
 
@@ -100,7 +104,7 @@ def test_command_line_compares(folder, drawn, tmp_path, capsys):
 def test_8_bits_are_smaller_and_near(folder, drawn, tmp_path):
     export_openvino(folder / "small.pth.tar", tmp_path / "int8.xml", int8_list=drawn / "train.json")
     assert (tmp_path / "int8.bin").stat().st_size < 0.4 * (folder / "small.bin").stat().st_size
-    detectors = [load_detector(folder / "small.pth.tar", precision="fp32"), load_exported(tmp_path / "int8.xml")]
+    detectors = [load_detector(folder / "small.pth.tar", runtime="torch"), load_exported(tmp_path / "int8.xml")]
     data_list = DataList.load(drawn / "val.json")
     images = torch.stack([DetectionDataset(data_list, 64)[row]["image"] for row in range(len(data_list))])
     exact, rounded = (detector.forward(images)[1].softmax(dim=2) for detector in detectors)
@@ -108,12 +112,62 @@ def test_8_bits_are_smaller_and_near(folder, drawn, tmp_path):
     assert 0 < off < 0.5 * (exact - exact.roll(1, dims=0)).abs().mean()  # far nearer than to another image's answer
 
 
+@pytest.fixture
+def lonely(folder, tmp_path):
+    """A checkpoint without anything beside it."""
+    return Path(shutil.copy(folder / "small.pth.tar", tmp_path))
+
+
+def test_runtime_by_name_converts_once(lonely, capsys):
+    squares = noise(3)
+    expected = load_detector(lonely, runtime="torch").forward(squares)
+    for runtime in ("onnx", "openvino"):
+        for said in ("converting", ""):
+            detector = load_detector(lonely, runtime=runtime)
+            assert detector.about["runtime"] == runtime
+            assert said in capsys.readouterr().err
+            torch.testing.assert_close(detector.forward(squares)[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert "converting" not in capsys.readouterr().err
+
+
+def test_auto_converts_for_many_pictures_and_takes_what_fits(lonely, capsys):
+    assert load_detector(lonely).about["runtime"] == "torch"
+    assert load_detector(lonely, pictures=30).about["runtime"] == "torch"
+    assert load_detector(lonely, pictures=31).about["runtime"] == "openvino"
+    assert load_detector(lonely).about["runtime"] == "openvino"
+    assert load_detector(lonely, precision="fp32").about["runtime"] == "torch"
+    # Another checkpoint of that name: what lies beside it is not its own.
+    checkpoint = torch.load(lonely)
+    checkpoint["model"].class_heads[0].bias.data += 1
+    save_checkpoint(lonely, checkpoint["model"])
+    assert load_detector(lonely).about["runtime"] == "torch"
+    capsys.readouterr()
+    detector = load_detector(lonely, pictures=31)
+    assert "converting" in capsys.readouterr().err
+    expected = load_detector(lonely, runtime="torch").forward(noise(2))
+    torch.testing.assert_close(detector.forward(noise(2))[1], expected[1], rtol=1e-4, atol=1e-4)
+    # A damaged file beside it is passed over; it is made anew when it is worth it.
+    lonely.with_name("small.xml").write_text("hello")
+    assert load_detector(lonely).about["runtime"] == "torch"
+
+
+def test_what_cannot_be_converted_runs_on_torch(lonely, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert load_detector(lonely, pictures=31).about["runtime"] == "torch"
+    assert "pip install -r requirements-deploy.txt" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="cannot run on onnx: onnxruntime is not installed"):
+        load_detector(lonely, runtime="onnx")
+    with pytest.raises(ValueError, match="leave --precision alone"):
+        load_detector(lonely, runtime="onnx", precision="fp32")
+
+
 def test_comparison_sees_another_network(folder, tmp_path):
     torch.manual_seed(1)
     config = load_detector(folder / "small.pth.tar").config
     save_checkpoint(tmp_path / "other.pth.tar", FPNSSD(config))
     detectors = [
-        load_detector(path, precision="fp32") for path in (folder / "small.pth.tar", tmp_path / "other.pth.tar")
+        load_detector(path, runtime="torch") for path in (folder / "small.pth.tar", tmp_path / "other.pth.tar")
     ]
     assert compare(*detectors)["largest"]["score"] > 0.05
     assert compare(detectors[0], detectors[0])["largest"] == {"score": 0, "box": 0}
