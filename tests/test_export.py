@@ -118,36 +118,28 @@ def lonely(folder, tmp_path):
     return Path(shutil.copy(folder / "small.pth.tar", tmp_path))
 
 
-def test_runtime_by_name_converts_once(lonely, capsys):
-    squares = noise(3)
-    expected = load_detector(lonely, runtime="torch").forward(squares)
-    for runtime in ("onnx", "openvino"):
-        for said in ("converting", ""):
-            detector = load_detector(lonely, runtime=runtime)
-            assert detector.about["runtime"] == runtime
-            assert said in capsys.readouterr().err
-            torch.testing.assert_close(detector.forward(squares)[1], expected[1], rtol=1e-4, atol=1e-4)
-    assert "converting" not in capsys.readouterr().err
-
-
-def test_auto_converts_for_many_pictures_and_takes_what_fits(lonely, capsys):
-    assert load_detector(lonely).about["runtime"] == "torch"
+def test_many_pictures_are_worth_a_conversion(lonely, capsys):
     assert load_detector(lonely, pictures=30).about["runtime"] == "torch"
     assert load_detector(lonely, pictures=31).about["runtime"] == "openvino"
+    assert "converting" in capsys.readouterr().err
+    detector = load_detector(lonely)  # from now on it is there
+    assert detector.about["runtime"] == "openvino"
+    assert "converting" not in capsys.readouterr().err
+    expected = load_detector(lonely, runtime="torch").forward(noise(2))
+    torch.testing.assert_close(detector.forward(noise(2))[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_was_made_of_this_checkpoint_is_taken(folder, lonely):
+    for suffix in (".onnx", ".xml", ".bin"):
+        shutil.copy(folder / f"small{suffix}", lonely.parent)
     assert load_detector(lonely).about["runtime"] == "openvino"
+    assert load_detector(lonely, runtime="onnx").about["runtime"] == "onnx"
     assert load_detector(lonely, precision="fp32").about["runtime"] == "torch"
-    # Another checkpoint of that name: what lies beside it is not its own.
     checkpoint = torch.load(lonely)
     checkpoint["model"].class_heads[0].bias.data += 1
     save_checkpoint(lonely, checkpoint["model"])
     assert load_detector(lonely).about["runtime"] == "torch"
-    capsys.readouterr()
-    detector = load_detector(lonely, pictures=31)
-    assert "converting" in capsys.readouterr().err
-    expected = load_detector(lonely, runtime="torch").forward(noise(2))
-    torch.testing.assert_close(detector.forward(noise(2))[1], expected[1], rtol=1e-4, atol=1e-4)
-    # A damaged file beside it is passed over; it is made anew when it is worth it.
-    lonely.with_name("small.xml").write_text("hello")
+    lonely.with_name("small.xml").write_text("hello")  # damaged
     assert load_detector(lonely).about["runtime"] == "torch"
 
 

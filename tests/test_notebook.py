@@ -1,0 +1,31 @@
+"""The notebook runs from top to bottom, the published usage in it included."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import torch
+
+from create_data_lists import VOC_CLASSES
+from model import FPNSSD, ModelConfig, save_checkpoint
+from recipe import lite
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path):
+    torch.manual_seed(0)
+    model = FPNSSD(ModelConfig(VOC_CLASSES, lite().trunk, fpn_channels=16))
+    torch.nn.init.normal_(model.class_heads[5].weight, std=0.5)
+    save_checkpoint(tmp_path / "small.pth.tar", model)
+    notebook = nbformat.read(ROOT / "demo.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert first.source.startswith("CHECKPOINT = ")
+    first.source = f"CHECKPOINT = {str(tmp_path / 'small.pth.tar')!r}"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    said = "".join(output.get("text", "") for output in outputs)
+    assert "8,748 priors" in said
+    assert "objects in 512 x 512 pixels" in said
