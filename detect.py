@@ -3,6 +3,7 @@
     python detect.py photo.jpg                              # detected_img/photo.jpg, and a line an object
     python detect.py holiday/ "more/*.png" --checkpoint runs/lite/best.pth.tar --json found.jsonl
     cat photo.jpg | python detect.py - --json - --no-pictures
+    python detect.py clip.mp4 camera:0                      # with pip install av; Ctrl-C ends a camera
 
 In Python, with torch's safe loading left on:
 
@@ -17,6 +18,7 @@ For boxes rather than pictures: load_detector(path).predict(images), in detector
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,6 +32,7 @@ from detector import RUNTIMES, Detections, Detector, as_image, check_knobs, load
 from draw import annotate
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
 from utils import InputError, explain, whole_number, written_whole
+from video import Video, is_video, written_video
 
 __all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -84,10 +87,13 @@ def main(argv=None):
         detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, len(sources))
         suppress = classes_to_suppress(args, detector.classes)
         with Writers(args, detector.classes, sources) as writers:
-            for source, picture, found in tqdm(
-                answers(detector, sources, args, suppress, writers), total=len(sources), unit="picture", disable=None
-            ):
-                writers.write(source, picture, found)
+            pictures = [source for source in sources if not is_video(source)]
+            found = answers(detector, readable(pictures, writers), args, suppress)
+            for source, picture, one in tqdm(found, total=len(pictures), unit="picture", disable=None):
+                writers.write(source, picture, one)
+            for source in sources:
+                if is_video(source):
+                    detect_in_video(detector, source, args, suppress, writers)
     except (InputError, OSError) as error:
         sys.exit(f"detect: {explain(error)}")
     if writers.failures:
@@ -98,7 +104,9 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, globs, or - for standard input")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="files, folders, globs, videos, camera:0, - for standard input"
+    )
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
     parser.add_argument("--out", default="detected_img", help="folder that gets the annotated copies")
     parser.add_argument("--no-pictures", action="store_true", help="write no annotated copies")
@@ -128,13 +136,13 @@ def classes_to_suppress(args, classes):
 
 
 def find_sources(names):
-    """Paths of pictures, and "-", in the order asked for; folders give what is in them, sorted."""
+    """Paths of pictures and videos, cameras, and "-", in the order asked for; folders give what is in them, sorted."""
     for name in names:
         path = Path(name)
         if name == "-":
             yield name
         elif path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES or is_video(p.name))
             if not inside:
                 raise InputError(f"folder {name} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
             yield from map(str, inside)
@@ -147,26 +155,50 @@ def find_sources(names):
             yield name
 
 
-def answers(detector, sources, args, suppress, writers):
-    """(source, picture, Detections) of all that can be read; the others are said, and counted."""
-    batch = []
-
-    def flush():
-        found = detector.predict([p for _, p in batch], args.min_score, args.max_overlap, args.top_k, suppress)
-        for (source, picture), one in zip(batch, found, strict=True):
-            one.source = source
-            yield source, picture, one
-        batch.clear()
-
+def readable(sources, writers):
+    """(source, picture) of those that can be read; the others are said, and counted."""
     for source in sources:
         try:
-            batch.append((source, as_image(sys.stdin.buffer.read() if source == "-" else source)))
+            yield source, as_image(sys.stdin.buffer.read() if source == "-" else source)
         except (InputError, OSError) as error:
             writers.fail(error)
-        if len(batch) == args.batch_size:
-            yield from flush()
-    if batch:
-        yield from flush()
+
+
+def answers(detector, pictures, args, suppress):
+    """(key, picture, Detections) for pairs (key, picture), a batch at a time."""
+    pictures = iter(pictures)
+    while batch := list(itertools.islice(pictures, args.batch_size)):
+        found = detector.predict([p for _, p in batch], args.min_score, args.max_overlap, args.top_k, suppress)
+        for (key, picture), one in zip(batch, found, strict=True):
+            yield key, picture, one
+
+
+def detect_in_video(detector, source, args, suppress, writers):
+    """Frame by frame; what is written stays if the video proves damaged on the way, or at Ctrl-C."""
+    try:
+        video = Video(source)
+        path = Path(args.out) / f"{Path(source.replace(':', '')).stem}.mp4"
+        writers.keep_off(path)
+        with contextlib.nullcontext() if args.no_pictures else written_video(path, video) as write_frame:
+            found = answers(detector, frames_of(video, writers), args, suppress)
+            for (number, time), picture, one in tqdm(found, total=video.num_frames or None, unit="frame", disable=None):
+                if write_frame:
+                    write_frame(annotate(picture, one), time)
+                writers.write(source, picture, one, {"frame": number, "seconds": float(time * video.time_base)})
+        writers.say(f"{source} -> {path}" if write_frame else source)
+    except (InputError, OSError) as error:
+        writers.fail(error)
+
+
+def frames_of(video, writers):
+    """((number from 1, time), picture) of a Video, until it ends, proves damaged or Ctrl-C comes."""
+    try:
+        for number, (picture, time) in enumerate(video, start=1):
+            yield (number, time), picture
+    except DataError as error:
+        writers.fail(error)
+    except KeyboardInterrupt:
+        writers.say(f"{video.source}: stopped")
 
 
 class Writers:
@@ -181,6 +213,7 @@ class Writers:
         self.stack = contextlib.ExitStack()
         self.lines = None
         if self.args.json:
+            Path(self.args.json).parent.mkdir(parents=True, exist_ok=True)
             to_stdout = self.args.json == "-"
             self.lines = (
                 sys.stdout if to_stdout else self.stack.enter_context(open(self.args.json, "w", encoding="utf-8"))
@@ -197,12 +230,17 @@ class Writers:
         self.failures += 1
         tqdm.write(f"detect: {explain(error)}", file=sys.stderr)
 
-    def write(self, source, picture, found):
+    def write(self, source, picture, found, frame=None):
+        """frame: of a video, {"frame": its number, "seconds": when}; its annotated copy goes elsewhere."""
         self.count += 1
-        name = free_name("stdin.jpg" if source == "-" else Path(source).name, self.taken)
+        found.source = source
+        file_name = "stdin.jpg" if source == "-" else Path(source).name
+        if frame:
+            file_name = f"{Path(source.replace(':', '')).stem}_{frame['frame']:06d}.jpg"
+        name = free_name(file_name, self.taken)
         said = f"{source}: {len(found)} objects"
         try:
-            if not self.args.no_pictures:
+            if not (frame or self.args.no_pictures):
                 path = self.save_picture(Path(self.args.out) / name, annotate(picture, found))
                 said = f"{source} -> {path}: {len(found)} objects"
             if self.args.voc_xml:
@@ -215,13 +253,20 @@ class Writers:
             self.fail(error)
         self.coco += found.to_coco(self.count)
         if self.lines:
-            print(json.dumps(found.to_dict()), file=self.lines, flush=True)
-        if self.lines is not sys.stdout:
-            tqdm.write("\n".join([said, *(f"  {line}" for line in describe(found))]), file=sys.stdout)
+            print(json.dumps(found.to_dict() | (frame or {})), file=self.lines, flush=True)
+        if not frame:
+            self.say("\n".join([said, *(f"  {line}" for line in describe(found))]))
 
-    def save_picture(self, path, picture):
+    def say(self, text):
+        if self.lines is not sys.stdout:
+            tqdm.write(text, file=sys.stdout)
+
+    def keep_off(self, path):
         if path.resolve() in self.photographs:
             raise DataError(f"{path} is itself one of the photographs: choose another --out")
+
+    def save_picture(self, path, picture):
+        self.keep_off(path)
         with written_whole(path) as temporary:
             picture.save(temporary, picture_format(path), quality=92)
         return path

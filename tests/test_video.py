@@ -1,0 +1,101 @@
+"""Videos through the command line: every frame answered, annotated ones in a file of the same length and times."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detect import main
+from detector import load_detector
+from model import FPNSSD, ModelConfig, save_checkpoint
+from video import Video
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With small.pth.tar and clip.mp4: eleven frames of noise that moves, at odd times."""
+    folder = tmp_path_factory.mktemp("video")
+    torch.manual_seed(0)
+    model = FPNSSD(ModelConfig(("cat", "dog"), "resnet18", image_size=64, fpn_channels=16))
+    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
+    save_checkpoint(folder / "small.pth.tar", model)
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    with av.open(str(folder / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 120, 90, "yuv420p"
+        for number in range(11):
+            picture = Image.fromarray(np.roll(noise, number, axis=1)).resize((120, 90))
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts = number + (number > 5)  # one is missing
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return folder
+
+
+def run(folder, tmp_path, *sources):
+    arguments = ["--checkpoint", str(folder / "small.pth.tar"), "--out", str(tmp_path), "--runtime", "torch"]
+    main([*(str(source) for source in sources), *arguments, "--json", str(tmp_path / "found.jsonl")])
+
+
+def read(path):
+    """[(picture, seconds)] of a video file."""
+    video = Video(str(path))
+    return [(picture, float(time * video.time_base)) for picture, time in video]
+
+
+def test_every_frame_is_answered_and_annotated(folder, tmp_path):
+    run(folder, tmp_path, folder / "clip.mp4")
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    before, after = read(folder / "clip.mp4"), read(tmp_path / "clip.mp4")
+    assert [line["frame"] for line in lines] == list(range(1, 12))
+    seconds = [number / 10 for number in (*range(6), *range(7, 12))]
+    assert [line["seconds"] for line in lines] == pytest.approx(seconds, abs=1e-3)
+    assert [time for _, time in after] == pytest.approx(seconds, abs=1e-3)
+    detector = load_detector(folder / "small.pth.tar", runtime="torch")
+    for line, (picture, _), (annotated, _) in zip(lines, before, after, strict=True):
+        found = detector.predict(picture)
+        assert [one["name"] for one in line["objects"]] == found.names
+        assert annotated.size == picture.size == (120, 90)
+        assert len(found) == 0 or np.abs(np.asarray(annotated, int) - np.asarray(picture, int)).max() > 60
+
+
+def test_what_is_damaged_is_said_and_the_rest_goes_on(folder, tmp_path, capsys):
+    (tmp_path / "text.mp4").write_text("hello")
+    whole = bytearray((folder / "clip.mp4").read_bytes())
+    whole[100:3000] = bytes(2900)
+    (tmp_path / "holes.mp4").write_bytes(whole)
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    sources = (tmp_path / "text.mp4", tmp_path / "holes.mp4", "camera:77", folder / "clip.mp4", tmp_path / "a.png")
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, tmp_path / "out", *sources)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    for name in ("text.mp4 cannot be opened", "holes.mp4", "camera:77 cannot be opened"):
+        assert name in said
+    assert len(read(tmp_path / "out" / "clip.mp4")) == 11
+    assert (tmp_path / "out" / "a.png").is_file()
+
+
+def test_a_video_is_never_written_over(folder, capsys):
+    before = (folder / "clip.mp4").read_bytes()
+    with pytest.raises(SystemExit):
+        run(folder, folder, folder / "clip.mp4")
+    assert "is itself one of the photographs" in capsys.readouterr().err
+    assert (folder / "clip.mp4").read_bytes() == before
+
+
+def test_ctrl_c_keeps_what_there_is(folder, tmp_path, monkeypatch):
+    def interrupted(self, frames=Video.__iter__):
+        for number, frame in enumerate(frames(self)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield frame
+
+    monkeypatch.setattr(Video, "__iter__", interrupted)
+    run(folder, tmp_path, folder / "clip.mp4")
+    monkeypatch.undo()
+    assert len(read(tmp_path / "clip.mp4")) == 4
