@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -209,8 +210,10 @@ def export_openvino(checkpoint, path, int8_list=None, images=None):
 
     model = load_checkpoint(checkpoint)["model"]
     side = model.config.image_size
-    program = torch.export.export(model, (example_of(side),), dynamic_shapes={"images": {0: BATCH}})
-    exported = openvino.convert_model(program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about shapes, which do not change
+        # By tracing: through torch.export it takes four times as long.
+        exported = openvino.convert_model(model, example_input=example_of(side), input=[-1, 3, side, side])
     if int8_list:
         exported = quantised(exported, DataList.load(int8_list, images), side)
     exported.set_rt_info(config_text(model), CONFIG_KEY)

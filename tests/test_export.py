@@ -15,7 +15,7 @@ import torch
 
 from datasets import DataList, DetectionDataset
 from detect import main as detect_main
-from detector import load_detector
+from detector import WORTH_CONVERTING, load_detector
 from eval import main as eval_main
 from export import add_decoding, compare, export_onnx, export_openvino, main
 from model import FPNSSD, ModelConfig, postprocess, priors_of, save_checkpoint
@@ -119,8 +119,8 @@ def lonely(folder, tmp_path):
 
 
 def test_many_pictures_are_worth_a_conversion(lonely, capsys):
-    assert load_detector(lonely, pictures=30).about["runtime"] == "torch"
-    assert load_detector(lonely, pictures=31).about["runtime"] == "openvino"
+    assert load_detector(lonely, pictures=WORTH_CONVERTING).about["runtime"] == "torch"
+    assert load_detector(lonely, pictures=WORTH_CONVERTING + 1).about["runtime"] == "openvino"
     assert "converting" in capsys.readouterr().err
     detector = load_detector(lonely)  # from now on it is there
     assert detector.about["runtime"] == "openvino"
@@ -146,7 +146,7 @@ def test_only_what_was_made_of_this_checkpoint_is_taken(folder, lonely):
 def test_what_cannot_be_converted_runs_on_torch(lonely, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert load_detector(lonely, pictures=31).about["runtime"] == "torch"
+    assert load_detector(lonely, pictures=WORTH_CONVERTING + 1).about["runtime"] == "torch"
     assert "pip install -r requirements-deploy.txt" in capsys.readouterr().err
     with pytest.raises(ValueError, match="cannot run on onnx: onnxruntime is not installed"):
         load_detector(lonely, runtime="onnx")
