@@ -212,7 +212,8 @@ def export_openvino(checkpoint, path, int8_list=None, images=None):
     side = model.config.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about shapes, which do not change
-        # By tracing: through torch.export it takes four times as long.
+        warnings.simplefilter("ignore", FutureWarning)  # torch would rather have torch.export
+        # By tracing all the same: through torch.export it takes four times as long.
         exported = openvino.convert_model(model, example_input=example_of(side), input=[-1, 3, side, side])
     if int8_list:
         exported = quantised(exported, DataList.load(int8_list, images), side)
