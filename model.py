@@ -43,7 +43,7 @@ class ModelConfig:
     scales: tuple = (0.1, 0.2, 0.34, 0.48, 0.62, 0.76, 0.9)
     # Besides the two squares; each ratio r stands for r and 1/r.
     aspect_ratios: tuple = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,), (2,))
-    neck: str = "fpn"  # or original: the map levels of the project that this one descends from (see OriginalFPN)
+    neck: str = "fpn"  # or ssd: without the way down; or original: of the project that this one descends from
     single_ratios: bool = False  # each ratio stands for itself alone
     clamp_priors: bool = False  # as cxcywh to 0..1
     last_square: float = 0.0  # side of the last level's larger square; 0 is the root of its scale
@@ -170,13 +170,23 @@ class FPN(nn.Module):
         self.extras = nn.ModuleList(_norm_conv(channels, channels, 3, stride=2) for _ in range(4))
 
     def forward(self, features):
-        top_down = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
-        for i in reversed(range(len(top_down) - 1)):
-            top_down[i] = top_down[i] + F.interpolate(top_down[i + 1], size=top_down[i].shape[-2:], mode="nearest")
-        levels = [F.relu(smooth(level)) for smooth, level in zip(self.smooths, top_down, strict=True)]
+        maps = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
+        self.top_down(maps)
+        levels = [F.relu(smooth(level)) for smooth, level in zip(self.smooths, maps, strict=True)]
         for extra in self.extras:
             levels.append(F.relu(extra(levels[-1])))
         return levels  # 7 x (B, channels, side, side)
+
+    def top_down(self, maps):
+        for i in reversed(range(len(maps) - 1)):
+            maps[i] = maps[i] + F.interpolate(maps[i + 1], size=maps[i].shape[-2:], mode="nearest")
+
+
+class SSDNeck(FPN):
+    """The same layers without the way down, to see what that is worth: finer levels know nothing of coarser ones."""
+
+    def top_down(self, maps):
+        pass
 
 
 class OriginalFPN(nn.Module):
@@ -209,7 +219,7 @@ class OriginalFPN(nn.Module):
         return [p3, p4, p5, *coarser]
 
 
-NECKS = {"fpn": FPN, "original": OriginalFPN}
+NECKS = {"fpn": FPN, "ssd": SSDNeck, "original": OriginalFPN}
 
 
 def priors_of(config):

@@ -152,7 +152,9 @@ class Training:
         # A run that goes on has its weights, and so has one that takes another's: no download is needed.
         other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
         has_trunk = resume or (other is not None and other.config.trunk == config.trunk)
-        model_config = ModelConfig(classes, config.trunk, config.image_size, config.fpn_channels, config.scales)
+        model_config = ModelConfig(
+            classes, config.trunk, config.image_size, config.fpn_channels, config.scales, neck=config.neck
+        )
         model = FPNSSD(model_config, "none" if has_trunk else config.trunk_weights)
         if other is not None:
             said = load_weights(model, other)

@@ -34,7 +34,7 @@ from detections import read_coco, write_coco
 from detector import torch_detector
 from eval import Predictor, predict
 from metrics import compute_metrics, rank
-from recipe import lite
+from recipe import TrainConfig, lite
 from run import as_builtins, newest_checkpoint
 from train import load_lists, train
 from utils import InputError, explain, set_fields, written_whole
@@ -54,6 +54,7 @@ VARIANTS = {
     "copy_paste": ["augment.copy_paste=0.5", "augment.close_epochs=3"],
     "balance": ["class_balance=0.5"],
     "smaller_priors": ["scales=(0.06, 0.14, 0.28, 0.44, 0.6, 0.76, 0.9)"],
+    "no_way_down": ["neck=ssd"],
     "lite1": ["trunk=tf_efficientnet_lite1"],
     "lite2": ["trunk=tf_efficientnet_lite2"],
 }
@@ -174,8 +175,10 @@ def run_variant(stage, name, seed, folder, epochs):
 
 
 def config_hash(config):
-    """What decides a run's result, in eight digits."""
-    values = as_builtins(replace(config, name="", cache="off", workers=0, save_minutes=0.0, log_every=1))
+    """What decides a run's result, in eight digits; a field that is new and has its default changes nothing."""
+    unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1}
+    defaults = as_builtins(TrainConfig())
+    values = {k: v for k, v in as_builtins(replace(config, **unimportant)).items() if v != defaults[k]}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

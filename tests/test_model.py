@@ -12,6 +12,7 @@ import torch
 import model as model_module
 from model import (
     FPNSSD,
+    NECKS,
     CheckpointError,
     ModelConfig,
     decode_offsets,
@@ -108,6 +109,17 @@ def test_a_cell_sees_its_own_place():
     row, column = divmod(change.argmax().item(), 16)
     assert row >= 11
     assert column <= 4
+
+
+def test_only_the_pyramid_tells_fine_levels_of_coarse_maps():
+    """A change of C5 reaches P3 through the way down alone."""
+    torch.manual_seed(0)
+    features = [torch.randn(1, c, side, side) for c, side in ((4, 12), (6, 6), (8, 3))]
+    others = [*features[:2], features[2] + 1]
+    for neck, reaches in (("fpn", True), ("ssd", False)):
+        levels = NECKS[neck]([4, 6, 8], 16)
+        changed = [not torch.equal(a, b) for a, b in zip(levels(features), levels(others), strict=True)]
+        assert changed == [reaches, reaches, True, True, True, True, True]
 
 
 def test_normalisation_is_inside(small_model):
