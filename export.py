@@ -50,7 +50,10 @@ def main(argv=None):
             print(format_comparison(compare(original, load_exported(path), data_list, args.count)))
         if args.decode:
             path = exported_path(args.out or args.checkpoint, "onnx", "_detect")
-            export_with_decoding(args.checkpoint, path, args.top_k)
+            plain = exported_path(args.out or args.checkpoint, "onnx") if "onnx" in args.to else path
+            if plain == path:  # nobody asked for the one without
+                export_onnx(args.checkpoint, plain)
+            export_with_decoding(plain, path, args.top_k)
             squares = sample_images(original, data_list, args.count)
             same, images = compare_decoding(original, path, squares, args.top_k), len(squares)
             print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB\n  the same detections in {same} of {images} images")
@@ -97,20 +100,18 @@ def export_onnx(checkpoint, path):
         onnx.save(exported, temporary)
 
 
-def export_with_decoding(checkpoint, path, top_k=200):
-    """Writes ONNX that ends in detections, for programs without this project's code.
+def export_with_decoding(plain, path, top_k=200):
+    """Writes ONNX that ends in detections, for programs without this project's code; plain: what export_onnx wrote.
 
     Inputs: images uint8 (B, 3, S, S), min_score (1,), max_overlap (1,). Outputs, best first and padded with zeros:
     boxes (B, top_k, 4) xyxy in 0..1 of the image, scores (B, top_k), labels (B, top_k) int64 of 1..C, count (B,) int64.
     The answer is model.postprocess's: per class, by the standard operator NonMaxSuppression.
     """
-    need("onnx", "onnxscript")
+    need("onnx", "onnxruntime")
     import onnx
 
-    export_onnx(checkpoint, path)
-    model = load_checkpoint(checkpoint)["model"]
-    exported = onnx.load(path)
-    add_decoding(exported, model.priors, len(model.config.classes), top_k)
+    detector, exported = load_exported(plain), onnx.load(plain)
+    add_decoding(exported, detector.priors, len(detector.classes), top_k)
     onnx.checker.check_model(exported)
     with written_whole(path) as temporary:
         onnx.save(exported, temporary)
