@@ -110,7 +110,7 @@ class EMA:
     def __init__(self, model, decay):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self.updates = torch.zeros((), device=model.priors.device)
+        self.updates = torch.zeros((), device=next(model.parameters()).device)
         self.pairs = None
 
     @torch.no_grad()

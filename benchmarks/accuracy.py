@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py screen base giou atss                  # 12 epochs, seed 0, on the screening split
     python benchmarks/accuracy.py confirm base atss --seeds 0 1 2        # 24 epochs, on val
+    python benchmarks/accuracy.py confirm torchvision_ssd                # a peer on the same ground (see peers.py)
     python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
 
 `screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
@@ -27,6 +28,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from peers import PEERS, train_peer
 
 import intervals
 from datasets import DataError, DataList, hash_file
@@ -70,7 +73,7 @@ SCORES = (
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("screen", "confirm", "table"))
-    parser.add_argument("names", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; of table: a stage")
+    parser.add_argument("names", nargs="*", metavar="VARIANT", help=f"of {', '.join((*VARIANTS, *PEERS))}")
     parser.add_argument("--data", default="data/vocreal", help="folder of the data lists train and val")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}")
@@ -141,10 +144,10 @@ def check_apart(splits):
 
 def run_variant(stage, name, seed, folder, epochs):
     """Trains a variant, or what is left of it, scores its last epoch and adds the row, unless it is there."""
-    if name not in VARIANTS:
-        raise InputError(f"no variant {name!r}: there is {', '.join(VARIANTS)}")
+    if name not in (*VARIANTS, *PEERS):
+        raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
     config = replace(
-        set_fields(lite(), VARIANTS[name]), data=str(folder), cache="disk", seed=seed,
+        set_fields(lite(), VARIANTS.get(name, [])), data=str(folder), cache="disk", seed=seed,
         epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
     )  # fmt: skip
     digest = config_hash(config)
@@ -152,19 +155,19 @@ def run_variant(stage, name, seed, folder, epochs):
         print(f"{config.name} is in {RESULTS} already")
         return
     run_folder = Path("runs") / config.name
-    train(config, resume=(run_folder / "config.json").is_file())
-    _, checkpoint = newest_checkpoint(run_folder)
-    if len(checkpoint["log"]) < epochs:
-        sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")
-    _, val_list = load_lists(config)
-    found, _ = predict(Predictor(torch_detector(checkpoint["model"])), val_list, config.image_size)
+    train_list, val_list = load_lists(config)
+    if name in PEERS:
+        predict_fn, minutes = train_peer(name, config, train_list, run_folder)
+    else:
+        predict_fn, minutes = train_ours(config, run_folder)
+    found, _ = predict(predict_fn, val_list, config.image_size)
     write_coco(run_folder / "detections.json", val_list, found)
     metrics = compute_metrics(val_list, found)
     limits = intervals.intervals(val_list, intervals.match(val_list, rank(val_list, found)))
     row = {
         "run": config.name, "stage": stage, "variant": name, "seed": seed, "epochs": epochs,
-        "images": len(load_lists(config)[0]), "git": revision(), "config_hash": digest, "hardware": hardware(),
-        "minutes": round(sum(one["seconds"] for one in checkpoint["log"]) / 60, 1),
+        "images": len(train_list), "git": revision(), "config_hash": digest, "hardware": hardware(),
+        "minutes": round(minutes, 1),
     }  # fmt: skip
     for score in SCORES:
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
@@ -172,6 +175,16 @@ def run_variant(stage, name, seed, folder, epochs):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
     write_results([*(one for one in read_results() if one["run"] != config.name), row])
     print(", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def train_ours(config, folder):
+    """(predict_fn of the last epoch's averaged weights, minutes of training)"""
+    train(config, resume=(folder / "config.json").is_file())
+    _, checkpoint = newest_checkpoint(folder)
+    if len(checkpoint["log"]) < config.epochs:
+        sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")
+    minutes = sum(one["seconds"] for one in checkpoint["log"]) / 60
+    return Predictor(torch_detector(checkpoint["model"])), minutes
 
 
 def config_hash(config):

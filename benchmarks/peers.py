@@ -1,0 +1,213 @@
+"""torchvision's SSD, RetinaNet and FCOS on our trunk, for accuracy.py: their heads, losses, matching and augmentation.
+
+What they share with ours: trunk and its weights, what of it is frozen, the number of images seen, optimizer, rates,
+schedule, averaged weights, 300 pixels, evaluation. FPNs are as wide as ours.
+"""
+
+import time
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.models.detection import FCOS, SSD, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms import v2
+
+from augment import FILL
+from datasets import EpochSampler
+from optimizer import EMA, freeze, lr_factor, set_train_mode
+from trunk import build_trunk
+from utils import written_whole
+
+SIDE = 300
+DECODING = {"score_thresh": 0.01, "detections_per_img": 200}  # the rest as they come
+
+
+def train_peer(name, config, train_list, folder):
+    """(predict_fn of the averaged weights, minutes of training) after config.epochs; goes on where it was stopped."""
+    torch.manual_seed(config.seed)
+    model = PEERS[name](len(train_list.classes), config)
+    freeze(model.backbone, config)
+    ema = EMA(model, config.ema_decay)
+    dataset = PeerDataset(train_list, AUGMENTATIONS[name], config.seed)
+    steps = len(dataset) // config.batch_size
+    sampler = EpochSampler(len(dataset), config.seed, limit=steps * config.batch_size)
+    loader = torch.utils.data.DataLoader(
+        dataset, config.batch_size, sampler=sampler, num_workers=config.workers, collate_fn=list
+    )
+    optimizer = make_optimizer(model, config)
+    state_file, begun, minutes = folder / "peer.pth.tar", 0, 0.0
+    if state_file.is_file():
+        state = torch.load(state_file)
+        begun, minutes = state["epochs"], state["minutes"]
+        for part, saved in ((model, "model"), (ema.module, "ema"), (optimizer, "optimizer")):
+            part.load_state_dict(state[saved])
+        ema.updates.copy_(state["ema_updates"])
+    for epoch in range(begun, config.epochs):
+        start, sampler.epoch, total = time.perf_counter(), epoch, 0.0
+        model.train()
+        set_train_mode(model.backbone)
+        for number, batch in enumerate(loader):
+            factor = lr_factor(epoch * steps + number, config, config.epochs * steps)
+            total += train_step(model, optimizer, ema, batch, factor, config)
+        minutes += (time.perf_counter() - start) / 60
+        print(
+            f"{folder.name}: epoch {epoch + 1}/{config.epochs}, loss {total / steps:.3f}, {minutes:.1f} min", flush=True
+        )
+        state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
+        with written_whole(state_file) as temporary:
+            torch.save({**state, "ema_updates": ema.updates, "epochs": epoch + 1, "minutes": minutes}, temporary)
+    return PeerPredictor(ema.module), minutes
+
+
+def train_step(model, optimizer, ema, batch, factor, config):
+    """The loss of a batch, a list of (image, target)."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    losses = model([image for image, _ in batch], [target for _, target in batch])
+    loss = sum(losses.values())
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    good = (norm + loss.detach()).isfinite()
+    if good:
+        optimizer.step()
+    ema.update(model, good.float())
+    return loss.item()
+
+
+def make_optimizer(model, config):
+    """AdamW with our rates: the trunk's share of it, no decay of biases and norms."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = config.lr * (config.trunk_lr_scale if ".trunk." in name else 1.0)
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            group = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
+            groups.setdefault((lr, decay), group)["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), lr=config.lr)
+
+
+class PeerPredictor:
+    """predict_fn for eval.predict: uint8 squares (B, 3, 300, 300) and sizes -> a dict of detections an image."""
+
+    def __init__(self, model):
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def __call__(self, images, sizes):
+        found = self.model(list(images.float() / 255))
+        for one, (height, width) in zip(found, sizes, strict=True):
+            one["boxes"] = one["boxes"] * torch.tensor([width, height, width, height]) / SIDE
+        return [{name: one[name] for name in ("boxes", "scores", "labels")} for one in found]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class PeerDataset(torch.utils.data.Dataset):
+    """dataset[epoch, index, occurrence] -> (float image in 0..1, target), at 300 pixels; crowds are left out."""
+
+    def __init__(self, data_list, transforms, seed):
+        self.data_list, self.seed = data_list, seed
+        finish = [v2.Resize((SIDE, SIDE)), v2.SanitizeBoundingBoxes(), v2.ToDtype(torch.float32, scale=True)]
+        self.transforms = v2.Compose([v2.PILToTensor(), *transforms, *finish])
+
+    def __len__(self):
+        return len(self.data_list)
+
+    def __getitem__(self, key):
+        epoch, index, occurrence = key
+        torch.manual_seed(hash((self.seed, epoch, index, occurrence)) % 2**63)
+        target, image = self.data_list.target(index), self.data_list.read_image(index)
+        wanted = ~target["crowd"]
+        boxes = torch.from_numpy(target["boxes"][wanted]).reshape(-1, 4)
+        given = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width)),
+            "labels": torch.from_numpy(target["labels"][wanted]).long(),
+        }
+        return self.transforms(image, given)
+
+
+FLIP = [v2.RandomHorizontalFlip()]
+FULL = [
+    v2.RandomPhotometricDistort(),
+    v2.RandomZoomOut(fill=dict.fromkeys([tv_tensors.Image], FILL)),
+    v2.RandomIoUCrop(),
+    *FLIP,
+]
+AUGMENTATIONS = {"torchvision_ssd": FULL, "torchvision_retinanet": FLIP, "torchvision_fcos": FLIP}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+class SSDMaps(nn.Module):
+    """C3, C4, C5 as they are, and three maps more by SSD's extra layers: sides 38, 19, 10, 5, 3, 1."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+        channels = trunk.feature_info.channels()[-1]
+        self.extras = nn.ModuleList()
+        for out_channels, stride, padding in ((512, 2, 1), (256, 2, 1), (256, 1, 0)):
+            down = Conv2dNormActivation(channels, out_channels // 2, 1)
+            more = Conv2dNormActivation(out_channels // 2, out_channels, 3, stride, padding)
+            self.extras.append(nn.Sequential(down, more))
+            channels = out_channels
+
+    def forward(self, images):
+        maps = list(self.trunk(images))
+        for extra in self.extras:
+            maps.append(extra(maps[-1]))
+        return OrderedDict((str(number), one) for number, one in enumerate(maps))
+
+
+class Pyramid(nn.Module):
+    """torchvision's FPN over C3, C4, C5, with P6 and P7."""
+
+    def __init__(self, trunk, out_channels):
+        super().__init__()
+        self.trunk, self.out_channels = trunk, out_channels
+        last = LastLevelP6P7(out_channels, out_channels)
+        self.fpn = FeaturePyramidNetwork(trunk.feature_info.channels(), out_channels, extra_blocks=last)
+
+    def forward(self, images):
+        return self.fpn(OrderedDict((str(number), one) for number, one in enumerate(self.trunk(images))))
+
+
+def build(config):
+    """(trunk, what a torchvision detector is told of images)"""
+    trunk, mean, std = build_trunk(config.trunk, config.trunk_weights)
+    in_unit = {"image_mean": [m / 255 for m in mean], "image_std": [s / 255 for s in std]}
+    return trunk, in_unit
+
+
+def make_ssd(num_classes, config):
+    trunk, of_images = build(config)
+    anchors = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], min_ratio=0.1, max_ratio=0.9)
+    return SSD(SSDMaps(trunk), anchors, (SIDE, SIDE), num_classes + 1, **of_images, **DECODING)
+
+
+def make_retinanet(num_classes, config):
+    trunk, of_images = build(config)
+    sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128, 256))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)  # the default's are for images of 800
+    size = {"min_size": SIDE, "max_size": SIDE}
+    return RetinaNet(
+        Pyramid(trunk, config.fpn_channels), num_classes + 1, anchor_generator=anchors, **size, **of_images, **DECODING
+    )
+
+
+def make_fcos(num_classes, config):
+    trunk, of_images = build(config)
+    size = {"min_size": SIDE, "max_size": SIDE}
+    return FCOS(Pyramid(trunk, config.fpn_channels), num_classes + 1, **size, **of_images, **DECODING)
+
+
+PEERS = {"torchvision_ssd": make_ssd, "torchvision_retinanet": make_retinanet, "torchvision_fcos": make_fcos}
