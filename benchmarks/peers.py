@@ -10,8 +10,9 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torchvision import tv_tensors
-from torchvision.models.detection import FCOS, SSD, RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms import v2
