@@ -139,8 +139,7 @@ class Answers:
         """The key of the answer to a picture in bytes."""
         begun = time.perf_counter()
         picture = self.read(data, name)
-        with torch.no_grad():
-            offsets, logits = self.detector.look([picture])
+        offsets, logits = self.detector.look([picture])
         seconds, small, stream = time.perf_counter() - begun, picture.copy(), io.BytesIO()
         small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         small.save(stream, "JPEG", quality=88)

@@ -1,0 +1,62 @@
+"""The bench of recipes never mixes photographs that are trained on with those that are scored."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "train": [*(f"2008_{k:06d}.jpg" for k in range(6)), "000005.jpg", "000007.jpg", "coco_1.jpg", "coco_2.jpg"],
+    "val": ["2009_000001.jpg", "2009_000002.jpg"],
+}
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])  # last: some of its names are ours too
+    module = importlib.import_module("accuracy")
+    monkeypatch.setattr(module, "SCREENING_IMAGES", 3)
+    return module
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with data lists train and val of photographs that all differ."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "lists").mkdir()
+    for split, names in NAMES.items():
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name)
+        images = [{"id": k, "file_name": name, "height": 8, "width": 8} for k, name in enumerate(names, start=1)]
+        objects = [{"id": k, "image_id": k, "category_id": 1, "bbox": [0, 0, 4, 4]} for k in range(1, len(names) + 1)]
+        content = {
+            "info": {"image_root": str(tmp_path)}, "images": images, "annotations": objects,
+            "categories": [{"id": 1, "name": "a"}],
+        }  # fmt: skip
+        (tmp_path / "lists" / f"{split}.json").write_text(json.dumps(content))
+    return tmp_path / "lists"
+
+
+def test_screening_scores_what_it_does_not_train_on(accuracy, data):
+    folder = accuracy.lists_of("screen", data)
+    parts = {split: json.loads((folder / f"{split}.json").read_text()) for split in ("train", "val")}
+    names = {split: {image["file_name"] for image in part["images"]} for split, part in parts.items()}
+    assert len(names["val"]) == 3
+    assert all(name.startswith("2008_") for name in names["val"])  # VOC2012's, by their names
+    assert names["train"] | names["val"] == set(NAMES["train"])
+    for part in parts.values():
+        assert {one["image_id"] for one in part["annotations"]} == {image["id"] for image in part["images"]}
+    assert accuracy.lists_of("screen", data) == folder
+    assert json.loads((folder / "val.json").read_text()) == parts["val"]  # the same ones again
+    assert accuracy.lists_of("confirm", data) == data
+
+
+def test_a_photograph_under_two_names_is_found(accuracy, data):
+    (data.parent / "2009_000001.jpg").write_bytes((data.parent / "coco_2.jpg").read_bytes())
+    with pytest.raises(ValueError, match=r"2009_000001\.jpg of val is .*coco_2\.jpg of train"):
+        accuracy.lists_of("confirm", data)
