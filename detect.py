@@ -178,7 +178,8 @@ def detect_in_video(detector, source, args, suppress, writers):
     try:
         video = Video(source)
         path = Path(args.out) / f"{Path(source.replace(':', '')).stem}.mp4"
-        writers.keep_off(path)
+        if not args.no_pictures:
+            writers.keep_off(path)
         with contextlib.nullcontext() if args.no_pictures else written_video(path, video) as write_frame:
             found = answers(detector, frames_of(video, writers), args, suppress)
             for (number, time), picture, one in tqdm(found, total=video.num_frames or None, unit="frame", disable=None):

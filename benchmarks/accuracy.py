@@ -228,10 +228,10 @@ def write_results(rows):
 # The table
 def print_table(stage, args):
     """A line a variant and number of epochs: means over its seeds, and what it has over the one it is held against."""
-    rows = [row for row in read_results() if row["stage"] == stage]
     groups = {}
-    for row in rows:
-        groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
+    for row in read_results():
+        if row["stage"] == stage:
+            groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
     print(f"\n{stage}: means over seeds; differences to {args.against} with 95 % intervals, paired by seed and image")
     print("| variant | epochs | seeds | VOC2007 AP50 (spread) | COCO AP | S / M / L | min | VOC2007 AP50 difference |")
     print("|---|---|---|---|---|---|---|---|")

@@ -3,7 +3,7 @@
     python benchmarks/soak.py runs/lite/best.pth.tar                      # 30 minutes, 8 clients
     python benchmarks/soak.py runs/lite/best.pth.tar --minutes 1
 
-Each client sends photographs of several sizes one after the other, now and then one that is none, and looks at the
+Each client sends JPEGs of several sizes one after the other, now and then one that is none, and looks at the
 answer. Printed: failures, throughput, percentiles of the time an answer takes, and the server's memory by the minute.
 The run fails if an answer is wrong or missing, or if memory at the end is above 1.05 times that after a tenth.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SIZES = ((500, 375), (1280, 960), (333, 500), (2000, 1500))  # of the photographs, in pixels
+SIZES = ((500, 375), (1280, 960), (333, 500), (2000, 1500))  # of the JPEGs, in pixels
 MOST_GROWTH = 1.05
 
 
