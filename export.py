@@ -1,14 +1,15 @@
-"""A checkpoint as ONNX or OpenVINO, compared with the original before it is called done.
+"""A checkpoint as ONNX, OpenVINO or one of half the size, compared with the original before it is called done.
 
     python export.py runs/lite/best.pth.tar --to onnx openvino                 # runs/lite/best.onnx, best.xml
     python export.py runs/lite/best.pth.tar --to openvino --data data/vocreal  # compared on real photographs: AP too
     python export.py runs/lite/best.pth.tar --decode                       # best_detect.onnx too: for other programs
     python export.py runs/lite/best.pth.tar --to openvino --int8 data/vocreal/train.json  # best_int8.xml
+    python export.py runs/lite/last.pth.tar --to fp16              # runs/lite/last_fp16.pth.tar, for giving away
     python eval.py runs/lite/best.xml --data data/vocreal                      # as does detect.py
 
-The files take uint8 images (B, 3, S, S), B as you like, and answer with offsets (B, P, 4) and logits (B, P, C + 1):
-preprocessing is inside, decoding is model.postprocess. They carry the classes and the configuration. What this needs is
-in requirements-deploy.txt.
+What fp16 writes is a checkpoint without what resuming needs. The other files take uint8 images (B, 3, S, S), B as you
+like, and answer with offsets (B, P, 4) and logits (B, P, C + 1): preprocessing is inside, decoding is
+model.postprocess. They carry the classes and the configuration, and need requirements-deploy.txt.
 """
 
 import argparse
@@ -26,11 +27,12 @@ import torch
 from datasets import DataList, DetectionDataset, hash_file
 from detector import load_detector
 from eval import Predictor, evaluate
-from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess
+from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
 from runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
 from utils import InputError, evenly_spaced, explain, whole_number, written_whole
 
 CALIBRATION_IMAGES = 300
+KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
@@ -40,14 +42,16 @@ def main(argv=None):
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images) if args.data else None
         original = load_detector(args.checkpoint, "cpu", "torch", "fp32")
         for kind in args.to:
-            int8 = "_int8" if args.int8 and kind == "openvino" else ""
-            path = exported_path(args.out or args.checkpoint, kind, int8)
-            if kind == "onnx":
+            path = path_of(args, kind)
+            if kind == "fp16":
+                export_fp16(args.checkpoint, path)
+            elif kind == "onnx":
                 export_onnx(args.checkpoint, path)
             else:
                 export_openvino(args.checkpoint, path, args.int8, args.images)
             print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB")
-            print(format_comparison(compare(original, load_exported(path), data_list, args.count)))
+            exported = load_detector(path, "cpu", "auto", "fp32") if kind == "fp16" else load_exported(path)
+            print(format_comparison(compare(original, exported, data_list, args.count)))
         if args.decode:
             path = exported_path(args.out or args.checkpoint, "onnx", "_detect")
             plain = exported_path(args.out or args.checkpoint, "onnx") if "onnx" in args.to else path
@@ -66,7 +70,7 @@ def parse_args(argv):
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("checkpoint")
-    parser.add_argument("--to", nargs="+", choices=SUFFIXES, default=["onnx"])
+    parser.add_argument("--to", nargs="+", choices=(*SUFFIXES, "fp16"), default=["onnx"])
     parser.add_argument("--out", help="file to write, without its ending; else beside the checkpoint")
     parser.add_argument("--int8", metavar="LIST", help="OpenVINO in 8 bits, calibrated on images of this data list")
     parser.add_argument("--decode", action="store_true", help="besides, NAME_detect.onnx that ends in detections")
@@ -78,8 +82,29 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def path_of(args, kind):
+    if kind == "fp16":
+        path = exported_path(args.out or args.checkpoint, kind, "" if args.out else "_fp16")
+        if path.resolve() == Path(args.checkpoint).resolve():
+            raise InputError(f"{path} is the checkpoint itself: choose another --out")
+        return path
+    return exported_path(args.out or args.checkpoint, kind, "_int8" if args.int8 and kind == "openvino" else "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
+
+
+def export_fp16(checkpoint, path):
+    """Writes a checkpoint of the weights in fp16 and the recipe alone; it loads as fp32, like every other one.
+
+    Buffers stay as they are: the variances of batch norm may lie beyond fp16.
+    """
+    content = load_checkpoint(checkpoint)
+    model = content["model"]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    save_checkpoint(path, model, **{name: content[name] for name in KEPT if name in content})
 
 
 def export_onnx(checkpoint, path):

@@ -29,9 +29,9 @@ def need(*packages):
 
 
 def exported_path(checkpoint, runtime, ending=""):
-    """runs/lite/best.pth.tar -> runs/lite/best.xml"""
+    """runs/lite/best.pth.tar -> runs/lite/best.xml; a runtime that is none means a checkpoint."""
     base = str(checkpoint).removesuffix(".tar").removesuffix(".pth")
-    return Path(base + ending + SUFFIXES[runtime])
+    return Path(base + ending + SUFFIXES.get(runtime, ".pth.tar"))
 
 
 def detector_beside(checkpoint, runtime="auto", make=False):

@@ -18,7 +18,7 @@ from detect import main as detect_main
 from detector import WORTH_CONVERTING, load_detector
 from eval import main as eval_main
 from export import add_decoding, compare, export_onnx, export_openvino, main
-from model import FPNSSD, ModelConfig, postprocess, priors_of, save_checkpoint
+from model import FPNSSD, ModelConfig, load_checkpoint, postprocess, priors_of, save_checkpoint
 from runtimes import load_exported
 
 
@@ -34,6 +34,22 @@ def folder(drawn, tmp_path_factory):
     export_onnx(folder / "small.pth.tar", folder / "small.onnx")
     export_openvino(folder / "small.pth.tar", folder / "small.xml")
     return folder
+
+
+def test_half_precision_is_half_the_file_and_nearly_the_same_network(folder, tmp_path, capsys):
+    main([str(folder / "small.pth.tar"), "--to", "fp16", "--out", str(tmp_path / "half")])
+    assert "wrote" in capsys.readouterr().out
+    path = tmp_path / "half.pth.tar"
+    assert path.stat().st_size < 0.55 * (folder / "small.pth.tar").stat().st_size
+    stored = dict(load_checkpoint(folder / "small.pth.tar")["model"].state_dict())
+    loaded = load_checkpoint(path)["model"].state_dict()
+    parameters = dict(load_checkpoint(path)["model"].named_parameters())
+    for name, tensor in loaded.items():
+        assert tensor.dtype == stored[name].dtype
+        wanted = stored[name].half().float() if name in parameters else stored[name]
+        assert torch.equal(tensor, wanted), name
+    with pytest.raises(SystemExit, match="the checkpoint itself"):
+        main([str(path), "--to", "fp16", "--out", str(path)])
 
 
 def noise(count, seed=0):
