@@ -232,20 +232,31 @@ def print_table(stage, args):
     for row in read_results():
         if row["stage"] == stage:
             groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
-    print(f"\n{stage}: means over seeds; differences to {args.against} with 95 % intervals, paired by seed and image")
-    print("| variant | epochs | seeds | VOC2007 AP50 (spread) | COCO AP | S / M / L | min | VOC2007 AP50 difference |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"\n{stage}: means over seeds, 95 % intervals; differences to {args.against} paired by seed and image")
+    print("| variant | changes | epochs | seeds | VOC2007 AP50 | COCO AP | S / M / L | minutes | VOC2007 AP50 gained |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for (epochs, variant), seeds in sorted(groups.items()):
-        means = {name: statistics.mean(float(row[name]) for row in seeds.values()) for name in (*SCORES, "minutes")}
-        points = [float(row["voc2007_ap50"]) for row in seeds.values()]
-        sizes = " / ".join(f"{means[f'coco_ap_{size}']:.1f}" for size in ("small", "medium", "large"))
-        spread = f" ({min(points):.1f} .. {max(points):.1f})" if len(points) > 1 else ""
         against = groups.get((epochs, args.against), {})
-        said = "" if variant == args.against else difference(stage, against, seeds, args)
-        print(
-            f"| {variant} | {epochs} | {len(seeds)} | {means['voc2007_ap50']:.1f}{spread} | {means['coco_ap']:.1f} | "
-            f"{sizes} | {means['minutes']:.0f} | {said} |"
-        )
+        cells = [
+            variant, " ".join(VARIANTS.get(variant, ["its own loss and augmentation"])), epochs, len(seeds),
+            score_cell(seeds, "voc2007_ap50"), score_cell(seeds, "coco_ap"),
+            " / ".join(mean_cell(seeds, f"coco_ap_{size}") for size in ("small", "medium", "large")),
+            mean_cell(seeds, "minutes"), "" if variant == args.against else difference(stage, against, seeds, args),
+        ]  # fmt: skip
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def mean_cell(seeds, name):
+    """The mean of a column over seeds; a dash where nothing was there to be scored."""
+    values = [float(row[name]) for row in seeds.values() if row[name] != ""]
+    return f"{statistics.mean(values):.1f}" if values else "-"
+
+
+def score_cell(seeds, name):
+    """The mean, of interval ends as well, and of several seeds the least and the most."""
+    values = [float(row[name]) for row in seeds.values() if row[name] != ""]
+    spread = f", seeds {min(values):.1f} .. {max(values):.1f}" if len(values) > 1 else ""
+    return f"{mean_cell(seeds, name)} ({mean_cell(seeds, f'{name}_low')} .. {mean_cell(seeds, f'{name}_high')}{spread})"
 
 
 def difference(stage, base, other, args):

@@ -60,3 +60,27 @@ def test_a_photograph_under_two_names_is_found(accuracy, data):
     (data.parent / "2009_000001.jpg").write_bytes((data.parent / "coco_2.jpg").read_bytes())
     with pytest.raises(ValueError, match=r"2009_000001\.jpg of val is .*coco_2\.jpg of train"):
         accuracy.lists_of("confirm", data)
+
+
+def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, capsys):
+    """Two images of one object: base finds none, good both, the other one with the same boxes as base."""
+    monkeypatch.chdir(data.parent)
+    Path("benchmarks").mkdir()
+    found = {"base": [], "good": [[0, 0, 4, 4]], "same": []}
+    rows = []
+    for name, boxes in found.items():
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        detections = [{"image_id": k, "category_id": 1, "bbox": box, "score": 0.9} for k in (1, 2) for box in boxes]
+        (folder / "detections.json").write_text(json.dumps(detections))
+        scores = {score: "" if score == "coco_ap_small" else 40.0 + len(boxes) for score in accuracy.SCORES}
+        limits = {f"{score}_{end}": 30 for score in ("voc2007_ap50", "coco_ap") for end in ("low", "high")}
+        rows.append(
+            {"run": name, "stage": "confirm", "variant": name, "seed": 0, "epochs": 12, "minutes": 1} | scores | limits
+        )
+    accuracy.write_results(rows)
+    accuracy.main(["table", "confirm", "--data", "lists"])
+    lines = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
+    assert "40.0 (30.0 .. 30.0) | 40.0 (30.0 .. 30.0) | - / 40.0 / 40.0 | 1.0 |" in lines["base"]
+    assert "+100.0 (+100.0 .. +100.0): better" in lines["good"]
+    assert "+0.0 (+0.0 .. +0.0): noise" in lines["same"]
