@@ -15,13 +15,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from malformed import encoded, malformed_pictures, png_header, resident_bytes
 from PIL import Image
+from sure_network import save_sure_network
 
 from app import Answers, Limits
 from detector import load_detector
-from model import FPNSSD, ModelConfig, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,12 +28,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small network that is sure of nonsense; a class name that would be markup if it were not escaped."""
-    torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(("cat", "<i>dog</i>"), "resnet18", image_size=64, fpn_channels=16))
-    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
-    path = tmp_path_factory.mktemp("app") / "small.pth.tar"
-    save_checkpoint(path, model)
-    return path
+    return save_sure_network(tmp_path_factory.mktemp("app") / "small.pth.tar", ("cat", "<i>dog</i>"))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sure_network import save_sure_network
 
 from create_data_lists import parse_voc_xml
 from detect import annotate, detect, free_name, main, predict
 from detector import Detections
 from draw import overlap, place_label
-from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from utils import class_colour
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +25,7 @@ ROOT = Path(__file__).parents[1]
 def folder(tmp_path_factory):
     """With small.pth.tar, whose network finds something in noise, and photo.jpg."""
     folder = tmp_path_factory.mktemp("detect")
-    torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(("cat", "dog"), "resnet18", image_size=64, fpn_channels=16))
-    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
-    save_checkpoint(folder / "small.pth.tar", model)
+    save_sure_network(folder / "small.pth.tar")
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((480, 360)).save(folder / "photo.jpg")
     return folder

@@ -8,22 +8,18 @@ import pytest
 import torch
 from malformed import encoded, malformed_pictures, resident_bytes
 from PIL import Image
+from sure_network import save_sure_network
 
 from datasets import DataError
 from detector import Detections, as_image, load_detector
-from model import FPNSSD, ModelConfig, save_checkpoint
+from model import FPNSSD, ModelConfig
 from utils import InputError
 
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """Of a network that finds something in noise."""
-    torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(("cat", "dog"), "resnet18", image_size=64, fpn_channels=16))
-    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
-    path = tmp_path_factory.mktemp("detector") / "small.pth.tar"
-    save_checkpoint(path, model)
-    return load_detector(path)
+    return load_detector(save_sure_network(tmp_path_factory.mktemp("detector") / "small.pth.tar"))
 
 
 @pytest.fixture(scope="module")

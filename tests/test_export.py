@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from sure_network import save_sure_network
 
 from datasets import DataList, DetectionDataset
 from detect import main as detect_main
@@ -26,11 +27,7 @@ from runtimes import load_exported
 def folder(drawn, tmp_path_factory):
     """With small.pth.tar and its exports small.onnx and small.xml."""
     folder = tmp_path_factory.mktemp("export")
-    torch.manual_seed(0)
-    classes = DataList.load(drawn / "val.json").classes
-    model = FPNSSD(ModelConfig(classes, "resnet18", image_size=64, fpn_channels=16))
-    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
-    save_checkpoint(folder / "small.pth.tar", model)
+    save_sure_network(folder / "small.pth.tar", DataList.load(drawn / "val.json").classes)
     export_onnx(folder / "small.pth.tar", folder / "small.onnx")
     export_openvino(folder / "small.pth.tar", folder / "small.xml")
     return folder

@@ -4,24 +4,20 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-import torch
+from sure_network import save_sure_network
 
 from create_data_lists import VOC_CLASSES
-from model import FPNSSD, ModelConfig, save_checkpoint
 from recipe import lite
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path):
-    torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(VOC_CLASSES, lite().trunk, fpn_channels=16))
-    torch.nn.init.normal_(model.class_heads[5].weight, std=0.5)
-    save_checkpoint(tmp_path / "small.pth.tar", model)
+    path = save_sure_network(tmp_path / "small.pth.tar", VOC_CLASSES, lite().trunk, image_size=300, level=5)
     notebook = nbformat.read(ROOT / "demo.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.source.startswith("CHECKPOINT = ")
-    first.source = f"CHECKPOINT = {str(tmp_path / 'small.pth.tar')!r}"
+    first.source = f"CHECKPOINT = {str(path)!r}"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

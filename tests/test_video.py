@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from sure_network import save_sure_network
 
 from detect import main
 from detector import load_detector
-from model import FPNSSD, ModelConfig, save_checkpoint
 from video import Video
 
 av = pytest.importorskip("av")
@@ -19,10 +18,7 @@ av = pytest.importorskip("av")
 def folder(tmp_path_factory):
     """With small.pth.tar and clip.mp4: eleven frames of noise that moves, at odd times."""
     folder = tmp_path_factory.mktemp("video")
-    torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(("cat", "dog"), "resnet18", image_size=64, fpn_channels=16))
-    torch.nn.init.normal_(model.class_heads[1].weight, std=0.5)
-    save_checkpoint(folder / "small.pth.tar", model)
+    save_sure_network(folder / "small.pth.tar")
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     with av.open(str(folder / "clip.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=10)
