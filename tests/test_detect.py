@@ -53,7 +53,7 @@ assert same.tobytes() == annotated.tobytes()
 """
     result = run_python(code, folder)
     assert result.returncode == 0, result.stderr
-    assert "using the model last loaded (resnet18, 2 classes)" in result.stderr
+    assert "using the model last loaded (test_resnet, 2 classes)" in result.stderr
 
 
 def test_importing_loads_no_weights(folder):

@@ -14,7 +14,7 @@ from model import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "trunk=resnet18", "trunk_weights=none", "image_size=64", "fpn_channels=16", "precision=fp32", "device=cpu",
+    "trunk=test_resnet", "trunk_weights=none", "image_size=64", "fpn_channels=16", "precision=fp32", "device=cpu",
     "warmup_steps=2", "workers=1", "optimizer=sgd", "lr=0.01", "log_every=3", "epochs=10", "eval_every=5",
 ]  # fmt: skip
 

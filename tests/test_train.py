@@ -34,7 +34,7 @@ from train import TrainingStopped, main, parse_args, train
 from watch import StopOnSignal
 
 ROOT = Path(__file__).parents[1]
-TINY = ["trunk=resnet18", "trunk_weights=none", "image_size=64", "fpn_channels=16", "batch_size=4", "eval_every=1"]
+TINY = ["trunk=test_resnet", "trunk_weights=none", "image_size=64", "fpn_channels=16", "batch_size=4", "eval_every=1"]
 TINY += ["precision=fp32", "device=cpu", "warmup_steps=2", "workers=0", "nominal_batch=4"]
 TIMING = ("seconds", "images_per_s", "share_waiting")
 
@@ -169,7 +169,7 @@ def test_early_stopping(drawn, in_tmp, capsys):
 
 
 def test_fine_tuning_from_other_classes(drawn, in_tmp, capsys):
-    other = ModelConfig(("ring", "zebra"), "resnet18", image_size=64, fpn_channels=16)
+    other = ModelConfig(("ring", "zebra"), "test_resnet", image_size=64, fpn_channels=16)
     save_checkpoint("other.pth.tar", FPNSSD(other))
     train(tiny_config(drawn, weights="other.pth.tar", epochs=1))
     said = capsys.readouterr().out
