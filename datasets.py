@@ -10,11 +10,9 @@ The augmentation itself is in augment.py, the cache of decoded images in pixel_c
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
 import pickle
-import platform
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -28,10 +26,18 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from augment import FILL, NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic, resize
-from utils import InputError, class_colour, explain, set_fields, whole_number, written_whole
+from utils import (
+    MALLOC_DEFAULTS,
+    InputError,
+    class_colour,
+    explain,
+    set_fields,
+    tune_malloc,
+    whole_number,
+    written_whole,
+)
 
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 ARRAYS_VERSION = 2  # of the fields that such a file holds (see DataList)
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
 
@@ -479,9 +485,9 @@ class EpochSampler(Sampler):
 def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops the workers itself
     torch.set_num_threads(1)
-    # glibc would keep the room of batches in its heap, in pieces: up to 200 MB a worker. Above 4 MB it gives room back.
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+    # glibc would keep the room of batches in its heap, in pieces: up to 200 MB a worker. Above 4 MB it gives room back,
+    # which a training on the CPU told it not to before the fork.
+    tune_malloc(**MALLOC_DEFAULTS | {"mmap_threshold": 4 * 2**20})
 
 
 def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=False, start_method=None):

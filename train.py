@@ -42,7 +42,7 @@ from optimizer import (
 from pixel_cache import PixelCache
 from recipe import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
 from run import Run, as_builtins, tolerant
-from utils import InputError, autocast, explain, pick_device, pick_precision, written_whole
+from utils import InputError, autocast, explain, memory_kept, pick_device, pick_precision, written_whole
 from watch import (
     Clock,
     StopOnSignal,
@@ -92,7 +92,7 @@ def parse_args(argv):
 
 def train(config, resume=False):
     """Trains to the end of config.epochs, or until a signal; returns the last evaluation's metrics (None if none)."""
-    with distributed.joined(pick_device(config.device)) as device, StopOnSignal() as stop:
+    with distributed.joined(pick_device(config.device)) as device, StopOnSignal() as stop, memory_kept(device):
         folder = Path("runs") / config.name
         if distributed.from_main(not resume and (folder / "config.json").exists()):
             raise InputError(f"{folder} has a run already: --resume goes on with it, --name starts another")

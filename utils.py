@@ -4,7 +4,9 @@ import argparse
 import ast
 import colorsys
 import contextlib
+import ctypes
 import os
+import platform
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
+
+MALLOC_OPTIONS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # the numbers of glibc's malloc.h
+MALLOC_DEFAULTS = {"trim_threshold": 128 * 2**10, "mmap_threshold": 128 * 2**10, "mmap_max": 65536}
 
 
 class InputError(ValueError):
@@ -34,6 +39,27 @@ def whole_number(least):
 
     parse.__name__ = "whole number"  # argparse names it when int() fails
     return parse
+
+
+def tune_malloc(**options):
+    """Sets options of glibc's malloc (man mallopt) in this process; does nothing where there is another libc."""
+    if platform.libc_ver()[0] == "glibc":
+        for name, value in options.items():
+            ctypes.CDLL(None).mallopt(MALLOC_OPTIONS[name], value)
+
+
+@contextlib.contextmanager
+def memory_kept(device):
+    """On a CPU, freed memory stays with the process meanwhile, for the next tensors: fetching that of each activation
+    anew, page by page, takes an eighth of a training step (benchmarks/train.py)."""
+    if device.type != "cpu":
+        yield
+        return
+    tune_malloc(mmap_max=0, trim_threshold=-1)
+    try:
+        yield
+    finally:
+        tune_malloc(**MALLOC_DEFAULTS)
 
 
 def set_fields(config, assignments):

@@ -21,7 +21,7 @@ from test_loss import COMBINATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from augment import NO_AUGMENTATION, AugmentConfig
+from augment import NO_AUGMENTATION
 from create_data_lists import create_data_lists, read_voc
 from datasets import DataList, DetectionDataset, EpochSampler
 from detector import torch_detector
@@ -74,7 +74,8 @@ def same_end(one, other):
 
 def test_command_line_over_preset():
     config = make_config(parse_args(["--preset", "lite", "--epochs", "3", "--set", "lr=1", "--set", "augment.flip=0"]))
-    assert config == replace(PRESETS["lite"](), epochs=3, lr=1.0, augment=AugmentConfig(flip=0.0))
+    lite = PRESETS["lite"]()
+    assert config == replace(lite, epochs=3, lr=1.0, augment=replace(lite.augment, flip=0.0))
     assert make_config(parse_args([])) == TrainConfig()
     assert make_config(parse_args(["--compile"])).compile
 
