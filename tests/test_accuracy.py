@@ -84,3 +84,11 @@ def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, 
     assert "40.0 (30.0 .. 30.0) | 40.0 (30.0 .. 30.0) | - / 40.0 / 40.0 | 1.0 |" in lines["base"]
     assert "+100.0 (+100.0 .. +100.0): better" in lines["good"]
     assert "+0.0 (+0.0 .. +0.0): noise" in lines["same"]
+
+
+def test_every_variant_is_a_recipe(accuracy):
+    base = accuracy.config_hash(accuracy.variant_config("base", "screen", 0, "data", 12))
+    for name in accuracy.VARIANTS:
+        config = accuracy.variant_config(name, "screen", 0, "data", 12)
+        assert (accuracy.config_hash(config) == base) == (name == "base"), name
+        assert accuracy.config_hash(config) == accuracy.config_hash(accuracy.replace(config, name="other", workers=3))
