@@ -1,6 +1,7 @@
 """Which recipe finds more on VOCreal: named variants of the lite preset, trained and scored alike.
 
     python benchmarks/accuracy.py screen base giou atss                  # 12 epochs, seed 0, on the screening split
+    python benchmarks/accuracy.py screen copy_paste+giou                 # two together
     python benchmarks/accuracy.py confirm base atss --seeds 0 1 2        # 24 epochs, on val
     python benchmarks/accuracy.py confirm torchvision_ssd                # a peer on the same ground (see peers.py)
     python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
@@ -52,6 +53,7 @@ VARIANTS = {
     "slow_trunk": ["trunk_lr_scale=0.1"],
     "fast_trunk": ["trunk_lr_scale=0.5"],
     "layer_decay": ["trunk_lr_decay=0.7"],
+    "small_batch": ["batch_size=8", "nominal_batch=8"],
     "half_lr": ["lr=0.0005"],
     "double_lr": ["lr=0.002"],
     "giou": ["box_loss=giou", "box_weight=2.0"],
@@ -153,7 +155,7 @@ def check_apart(splits):
 
 def run_variant(stage, name, seed, folder, epochs):
     """Trains a variant, or what is left of it, scores its last epoch and adds the row, unless it is there."""
-    if name not in (*VARIANTS, *PEERS):
+    if name not in PEERS and not set(name.split("+")) <= set(VARIANTS):
         raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
     config = variant_config(name, stage, seed, folder, epochs)
     digest = config_hash(config)
@@ -186,9 +188,14 @@ def run_variant(stage, name, seed, folder, epochs):
 def variant_config(name, stage, seed, folder, epochs):
     """The TrainConfig of a run: the plain recipe with what the variant changes; of peers, what they share with it."""
     return replace(
-        set_fields(lite(), [*TAKEN_BACK, *VARIANTS.get(name, [])]), data=str(folder), cache="disk", seed=seed,
+        set_fields(lite(), [*TAKEN_BACK, *changes_of(name)]), data=str(folder), cache="disk", seed=seed,
         epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
     )  # fmt: skip
+
+
+def changes_of(name):
+    """The settings of a variant, or of several joined by a plus."""
+    return [change for part in name.split("+") for change in VARIANTS.get(part, [])]
 
 
 def train_ours(config, folder):
@@ -252,7 +259,7 @@ def print_table(stage, args):
     for (epochs, variant), seeds in sorted(groups.items()):
         against = groups.get((epochs, args.against), {})
         cells = [
-            variant, " ".join(VARIANTS.get(variant, ["its own loss and augmentation"])), epochs, len(seeds),
+            variant, "its own loss and augmentation" if variant in PEERS else " ".join(changes_of(variant)), epochs, len(seeds),
             score_cell(seeds, "voc2007_ap50"), score_cell(seeds, "coco_ap"),
             " / ".join(mean_cell(seeds, f"coco_ap_{size}") for size in ("small", "medium", "large")),
             mean_cell(seeds, "minutes"), "" if variant == args.against else difference(stage, against, seeds, args),

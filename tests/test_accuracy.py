@@ -92,3 +92,7 @@ def test_every_variant_is_a_recipe(accuracy):
         config = accuracy.variant_config(name, "screen", 0, "data", 12)
         assert (accuracy.config_hash(config) == base) == (name == "base"), name
         assert accuracy.config_hash(config) == accuracy.config_hash(accuracy.replace(config, name="other", workers=3))
+    both = accuracy.variant_config("copy_paste+giou", "screen", 0, "data", 12)
+    assert (both.augment.copy_paste, both.box_loss) == (0.5, "giou")
+    with pytest.raises(ValueError, match="no variant 'giou\\+none'"):
+        accuracy.run_variant("screen", "giou+none", 0, "data", 12)
