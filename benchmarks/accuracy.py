@@ -259,7 +259,8 @@ def print_table(stage, args):
     for (epochs, variant), seeds in sorted(groups.items()):
         against = groups.get((epochs, args.against), {})
         cells = [
-            variant, "its own loss and augmentation" if variant in PEERS else " ".join(changes_of(variant)), epochs, len(seeds),
+            variant, "its own loss, augmentation" if variant in PEERS else " ".join(changes_of(variant)),
+            epochs, len(seeds),
             score_cell(seeds, "voc2007_ap50"), score_cell(seeds, "coco_ap"),
             " / ".join(mean_cell(seeds, f"coco_ap_{size}") for size in ("small", "medium", "large")),
             mean_cell(seeds, "minutes"), "" if variant == args.against else difference(stage, against, seeds, args),
