@@ -156,6 +156,8 @@ class Training:
             classes, config.trunk, config.image_size, config.fpn_channels, config.scales, neck=config.neck
         )
         model = FPNSSD(model_config, "none" if has_trunk else config.trunk_weights)
+        if config.class_loss != "ohem":
+            model.start_from_background(0.99)
         if other is not None:
             said = load_weights(model, other)
             if distributed.is_main():

@@ -7,9 +7,9 @@
     python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
 
 `screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
-read by `confirm`, once a run, after the last epoch. Every run is kept as runs/accuracy_STAGE_VARIANT_SEED and resumed
+read by `confirm`, once a run, after the last epoch. Every run is kept below runs/accuracy_STAGE_VARIANT and resumed
 if it was stopped; a finished one becomes a row of benchmarks/accuracy.csv and is not run again. Differences whose
-interval holds 0 are called noise.
+interval holds 0 are called noise; intervals are of the photographs alone, and another seed moves AP50 as well.
 """
 
 import argparse
@@ -48,12 +48,13 @@ TAKEN_BACK = ["augment.copy_paste=0.0", "augment.close_epochs=10"]
 VARIANTS = {
     "base": [],
     "thaw": ["frozen_stages=1"],
+    "thaw_c3": ["frozen_stages=2", "trunk_lr_scale=0.5"],
     "freeze_more": ["frozen_stages=4"],
     "train_batch_norm": ["batch_norm=train"],
     "slow_trunk": ["trunk_lr_scale=0.1"],
     "fast_trunk": ["trunk_lr_scale=0.5"],
     "layer_decay": ["trunk_lr_decay=0.7"],
-    "small_batch": ["batch_size=8", "nominal_batch=8"],
+    "small_batch": ["batch_size=8", "nominal_batch=8", "lr=0.0007"],
     "half_lr": ["lr=0.0005"],
     "double_lr": ["lr=0.002"],
     "giou": ["box_loss=giou", "box_weight=2.0"],
@@ -62,6 +63,7 @@ VARIANTS = {
     "atss_quality": ["matching=atss", "class_loss=quality", "box_loss=giou", "box_weight=2.0"],
     "weaker_colour": ["augment.colour=0.25"],
     "less_zoom_out": ["augment.zoom_out=0.25", "augment.zoom_out_max=2.0"],
+    "no_tiny": ["augment.min_side=8.0"],
     "mosaic": ["augment.mosaic=0.5", "augment.close_epochs=3"],
     "copy_paste": ["augment.copy_paste=0.5", "augment.close_epochs=3"],
     "balance": ["class_balance=0.5"],
@@ -118,7 +120,7 @@ def lists_of(stage, data):
         "screening": chosen(parts["train"], lambda image_id: image_id in taken),
         "val": parts["val"],
     }
-    check_apart(splits)
+    check_apart(splits, data)
     if stage == "confirm":
         return data
     folder = data.with_name(f"{data.name}_screen")
@@ -138,12 +140,12 @@ def chosen(content, wanted):
     return {**content, "images": images, "annotations": objects}
 
 
-def check_apart(splits):
+def check_apart(splits, data):
     """DataError if the same bytes are in two of the lists."""
     seen = {}
     for name, content in splits.items():
         for image in content["images"]:
-            path = Path(content["info"]["image_root"]) / image["file_name"]
+            path = data / content["info"]["image_root"] / image["file_name"]
             before, other = seen.setdefault(hash_file(path), (name, path))
             if before != name:
                 raise DataError(f"{path} of {name} is {other} of {before}: the lists must not share photographs")
@@ -158,11 +160,18 @@ def run_variant(stage, name, seed, folder, epochs):
     if name not in PEERS and not set(name.split("+")) <= set(VARIANTS):
         raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
     config = variant_config(name, stage, seed, folder, epochs)
-    digest = config_hash(config)
-    if any(row["run"] == config.name and row["config_hash"] == digest for row in read_results()):
+    digest = config_hash(config, name)
+    asked = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
+    others = [row for row in read_results() if any(row[key] != value for key, value in asked.items())]
+    if any(row["config_hash"] == digest and row not in others for row in read_results()):
         print(f"{config.name} is in {RESULTS} already")
         return
+    config = replace(config, name=f"{config.name}_{digest}")  # what was another recipe is not gone on with
     run_folder = Path("runs") / config.name
+    begun = run_folder / "revision"
+    if not begun.is_file():
+        run_folder.mkdir(parents=True, exist_ok=True)
+        begun.write_text(revision())
     train_list, val_list = load_lists(config)
     if name in PEERS:
         predict_fn, minutes = train_peer(name, config, train_list, run_folder)
@@ -173,15 +182,15 @@ def run_variant(stage, name, seed, folder, epochs):
     metrics = compute_metrics(val_list, found)
     limits = intervals.intervals(val_list, intervals.match(val_list, rank(val_list, found)))
     row = {
-        "run": config.name, "stage": stage, "variant": name, "seed": seed, "epochs": epochs,
-        "images": len(train_list), "git": revision(), "config_hash": digest, "hardware": hardware(),
+        "run": config.name, **asked, "images": len(train_list), "git": begun.read_text(), "config_hash": digest,
+        "hardware": hardware(),
         "minutes": round(minutes, 1),
     }  # fmt: skip
     for score in SCORES:
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
-        if score in limits:
+        if limits.get(score):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
-    write_results([*(one for one in read_results() if one["run"] != config.name), row])
+    write_results([*others, row])
     print(", ".join(f"{key} {value}" for key, value in row.items()))
 
 
@@ -200,7 +209,10 @@ def changes_of(name):
 
 def train_ours(config, folder):
     """(predict_fn of the last epoch's averaged weights, minutes of training)"""
-    train(config, resume=(folder / "config.json").is_file())
+    resume = any(folder.glob("*.pth.tar"))
+    if not resume:  # killed before its first checkpoint
+        (folder / "config.json").unlink(missing_ok=True)
+    train(config, resume)
     _, checkpoint = newest_checkpoint(folder)
     if len(checkpoint["log"]) < config.epochs:
         sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")
@@ -208,11 +220,13 @@ def train_ours(config, folder):
     return Predictor(torch_detector(checkpoint["model"])), minutes
 
 
-def config_hash(config):
+def config_hash(config, variant):
     """What decides a run's result, in eight digits; a field that is new and has its default changes nothing."""
     unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1}
     defaults = as_builtins(TrainConfig())
     values = {k: v for k, v in as_builtins(replace(config, **unimportant)).items() if v != defaults[k]}
+    if variant in PEERS:
+        values["peers.py"] = hash_file(Path(__file__).with_name("peers.py"))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -247,6 +261,8 @@ def write_results(rows):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
+
+
 def print_table(stage, args):
     """A line a variant and number of epochs: means over its seeds, and what it has over the one it is held against."""
     groups = {}
@@ -299,7 +315,7 @@ def difference(stage, base, other, args):
     mean = 100 * statistics.mean(one["difference"] for one in results)
     low, high = (100 * statistics.mean(one["interval"][end] for one in results) for end in (0, 1))
     verdict = "better" if low > 0 else "worse" if high < 0 else "noise"
-    return f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}): {verdict}"
+    return f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}): {verdict}{', with one seed' * (len(results) == 1)}"
 
 
 if __name__ == "__main__":

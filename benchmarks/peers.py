@@ -1,17 +1,21 @@
 """torchvision's SSD, RetinaNet and FCOS on our trunk, for accuracy.py: their heads, losses, matching and augmentation.
 
 What they share with ours: trunk and its weights, what of it is frozen, the number of images seen, optimizer, rates,
-schedule, averaged weights, 300 pixels, evaluation. FPNs are as wide as ours.
+schedule, averaged weights, 300 pixels, evaluation. FPNs are as wide as ours. RetinaNet is torchvision's second version.
+What is made for 800 pixels or for a trunk of another kind is fitted to 300 and to ours, so that nothing handicaps them:
+sizes of anchors, where they lie in a cell, and the scale of the maps that SSD's heads look at.
 """
 
 import time
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -73,10 +77,10 @@ def train_step(model, optimizer, ema, batch, factor, config):
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-    good = (norm + loss.detach()).isfinite()
-    if good:
-        optimizer.step()
-    ema.update(model, good.float())
+    if not (norm + loss.detach()).isfinite():
+        raise RuntimeError(f"a loss of {loss.item()} with a gradient of {norm.item()}: this run is worth nothing")
+    optimizer.step()
+    ema.update(model, torch.ones(()))
     return loss.item()
 
 
@@ -103,7 +107,8 @@ class PeerPredictor:
         found = self.model(list(images.float() / 255))
         for one, (height, width) in zip(found, sizes, strict=True):
             one["boxes"] = one["boxes"] * torch.tensor([width, height, width, height]) / SIDE
-        return [{name: one[name] for name in ("boxes", "scores", "labels")} for one in found]
+        # Sigmoid heads have a score for class 0 too, which is nothing here.
+        return [{name: one[name][one["labels"] > 0] for name in ("boxes", "scores", "labels")} for one in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ class PeerDataset(torch.utils.data.Dataset):
     def __init__(self, data_list, transforms, seed):
         self.data_list, self.seed = data_list, seed
         finish = [v2.Resize((SIDE, SIDE)), v2.SanitizeBoundingBoxes(), v2.ToDtype(torch.float32, scale=True)]
-        self.transforms = v2.Compose([v2.PILToTensor(), *transforms, *finish])
+        self.transforms = v2.Compose([v2.ToImage(), *transforms, *finish])
 
     def __len__(self):
         return len(self.data_list)
@@ -149,11 +154,15 @@ AUGMENTATIONS = {"torchvision_ssd": FULL, "torchvision_retinanet": FLIP, "torchv
 
 
 class SSDMaps(nn.Module):
-    """C3, C4, C5 as they are, and three maps more by SSD's extra layers: sides 38, 19, 10, 5, 3, 1."""
+    """C3, C4, C5 normalised, and three maps more by SSD's extra layers: sides 38, 19, 10, 5, 3, 1.
+
+    The heads start from random weights and want maps of one scale; torchvision brings VGG's to it by their lengths.
+    """
 
     def __init__(self, trunk):
         super().__init__()
         self.trunk = trunk
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in trunk.feature_info.channels())
         channels = trunk.feature_info.channels()[-1]
         self.extras = nn.ModuleList()
         for out_channels, stride, padding in ((512, 2, 1), (256, 2, 1), (256, 1, 0)):
@@ -163,7 +172,7 @@ class SSDMaps(nn.Module):
             channels = out_channels
 
     def forward(self, images):
-        maps = list(self.trunk(images))
+        maps = [norm(one) for norm, one in zip(self.norms, self.trunk(images), strict=True)]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
         return OrderedDict((str(number), one) for number, one in enumerate(maps))
@@ -182,6 +191,14 @@ class Pyramid(nn.Module):
         return self.fpn(OrderedDict((str(number), one) for number, one in enumerate(self.trunk(images))))
 
 
+class CentredAnchors(AnchorGenerator):
+    """Anchors in the middle of cells, as ours, where torchvision's lie in their corners."""
+
+    def grid_anchors(self, grid_sizes, strides):
+        corners = super().grid_anchors(grid_sizes, strides)
+        return [one + torch.stack([x, y, x, y]) / 2 for one, (y, x) in zip(corners, strides, strict=True)]
+
+
 def build(config):
     """(trunk, what a torchvision detector is told of images)"""
     trunk, mean, std = build_trunk(config.trunk, config.trunk_weights)
@@ -191,24 +208,35 @@ def build(config):
 
 def make_ssd(num_classes, config):
     trunk, of_images = build(config)
-    anchors = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], min_ratio=0.1, max_ratio=0.9)
+    scales = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
+    anchors = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=scales)
     return SSD(SSDMaps(trunk), anchors, (SIDE, SIDE), num_classes + 1, **of_images, **DECODING)
 
 
 def make_retinanet(num_classes, config):
     trunk, of_images = build(config)
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128, 256))
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)  # the default's are for images of 800
+    anchors = CentredAnchors(sizes, ((0.5, 1.0, 2.0),) * 5)  # the default's, from 32, are for images of 800
+    norm = partial(nn.GroupNorm, 32)
+    head = RetinaNetHead(config.fpn_channels, anchors.num_anchors_per_location()[0], num_classes + 1, norm)
+    head.regression_head._loss_type = "giou"
     size = {"min_size": SIDE, "max_size": SIDE}
     return RetinaNet(
-        Pyramid(trunk, config.fpn_channels), num_classes + 1, anchor_generator=anchors, **size, **of_images, **DECODING
-    )
+        Pyramid(trunk, config.fpn_channels), num_classes + 1, anchor_generator=anchors, head=head, **size, **of_images,
+        **DECODING,
+    )  # fmt: skip
 
 
 def make_fcos(num_classes, config):
     trunk, of_images = build(config)
+    # A level answers for objects of 4 to 8 of these sizes: half the default's, which reach to 1,024 pixels. Radii are
+    # in these sizes too: 1.5 cells, as by default.
+    anchors = CentredAnchors(tuple((x,) for x in (4, 8, 16, 32, 64)), ((1.0,),) * 5)
     size = {"min_size": SIDE, "max_size": SIDE}
-    return FCOS(Pyramid(trunk, config.fpn_channels), num_classes + 1, **size, **of_images, **DECODING)
+    return FCOS(
+        Pyramid(trunk, config.fpn_channels), num_classes + 1, anchor_generator=anchors, center_sampling_radius=3.0,
+        **size, **of_images, **DECODING,
+    )  # fmt: skip
 
 
 PEERS = {"torchvision_ssd": make_ssd, "torchvision_retinanet": make_retinanet, "torchvision_fcos": make_fcos}
