@@ -247,9 +247,7 @@ class FPNSSD(nn.Module):
         for head in (*box_heads, *class_heads):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        for head in class_heads:  # three in four are background at first, as in what the loss mines
-            with torch.no_grad():
-                head.bias.view(-1, len(config.classes) + 1)[:, 0] = math.log(3 * len(config.classes))
+        self.start_from_background(0.75)
         # On the CPU even while the rest is built on the meta device: these are values, not parameters to be loaded.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, device="cpu").view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, device="cpu").view(3, 1, 1))
@@ -259,6 +257,14 @@ class FPNSSD(nn.Module):
         self.level_counts = [
             (h * w * count, count) for (h, w), count in zip(sides, config.priors_per_cell, strict=True)
         ]
+
+    @torch.no_grad()
+    def start_from_background(self, share):
+        """Class scores start out the same for all classes, and `share` for background: 3 in 4 of what OHEM mines is,
+        and nearly everything that losses over all priors see (Lin et al., arXiv:1708.02002, section 3.3)."""
+        num_classes = len(self.config.classes)
+        for head in self.class_heads:
+            head.bias.view(-1, num_classes + 1)[:, 0] = math.log(share / (1 - share) * num_classes)
 
     def _level_sides(self):
         """(height, width) of P3..P9, from a pass in shapes alone."""
