@@ -4,20 +4,17 @@ detector = torch.hub.load("path/to/this/folder", "detector", source="local")
 found = detector.predict("photo.jpg", min_score=0.25)
 """
 
-from pathlib import Path
-
 from detector import load_detector
 from model import DEFAULT_CHECKPOINT, load_checkpoint
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL"]  # torch.hub looks whether these are installed
-SHIPPED = Path(__file__).parent / DEFAULT_CHECKPOINT
 
 
-def detector(checkpoint=SHIPPED, **options):
+def detector(checkpoint=DEFAULT_CHECKPOINT, **options):
     """A detector.Detector of a checkpoint or exported file; options as for detector.load_detector."""
     return load_detector(checkpoint, **options)
 
 
-def model(checkpoint=SHIPPED):
+def model(checkpoint=DEFAULT_CHECKPOINT):
     """An FPNSSD on the CPU, in evaluation mode."""
     return load_checkpoint(checkpoint)["model"]

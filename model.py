@@ -28,7 +28,7 @@ from utils import InputError, written_whole
 FORMAT_VERSION = 1
 CENTRE_VARIANCE, SIDE_VARIANCE = 0.1, 0.2  # SSD's scaling of (cx, cy) and (w, h) offsets
 FIRST_CANDIDATES = 1024
-DEFAULT_CHECKPOINT = "checkpoint/fpnssd300_lite_voc.pth.tar"  # the one that ships
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoint" / "fpnssd300_lite_voc.pth.tar")  # the one that ships
 
 
 @dataclass(frozen=True)

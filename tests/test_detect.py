@@ -68,9 +68,10 @@ assert model.last_loaded_model() is None
     assert result.returncode == 0, result.stderr
 
 
-def test_without_any_model_the_missing_file_is_named(folder):
+def test_without_any_model_the_one_that_ships_is_used_from_any_folder(folder):
     result = run_python("from detect import detect\nfrom PIL import Image\ndetect(Image.open('photo.jpg'))", folder)
-    assert "no checkpoint 'checkpoint/fpnssd300_lite_voc.pth.tar'" in result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint/fpnssd300_lite_voc.pth.tar (tf_efficientnet_lite" in result.stderr
 
 
 def test_command_line(folder, tmp_path, capsys):
