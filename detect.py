@@ -8,7 +8,7 @@
 In Python, with torch's safe loading left on:
 
     from detect import detect
-    checkpoint = torch.load("runs/lite/best.pth.tar")
+    checkpoint = torch.load("checkpoint/fpnssd300_lite_voc.pth.tar")
     model = checkpoint["model"].to(device)
     annotated = detect(image, min_score=0.25, max_overlap=0.5, top_k=200)  # PIL in, PIL out; model=... optional
 

@@ -1,6 +1,6 @@
 """A detector to ask: from a checkpoint or an exported file, for pictures of any kind, on any runtime.
 
-    detector = load_detector("runs/lite/best.pth.tar")
+    detector = load_detector("checkpoint/fpnssd300_lite_voc.pth.tar")
     for found in detector.predict(["a.jpg", Image.open("b.png"), array], min_score=0.25):
         print(found.names, found.scores, found.boxes)
 
