@@ -51,7 +51,7 @@ def tune_malloc(**options):
 @contextlib.contextmanager
 def memory_kept(device):
     """On a CPU, freed memory stays with the process meanwhile, for the next tensors: fetching that of each activation
-    anew, page by page, takes an eighth of a training step (benchmarks/train.py)."""
+    anew, page by page, takes an eighth of a training step or more (benchmarks/train.py)."""
     if device.type != "cpu":
         yield
         return

@@ -92,7 +92,8 @@ def measure_cpu(args):
     print(f"giving memory back after each use: {seconds['fetched'] / seconds['ours']:.2f} times as long")
     share = time_criterion(ours, batch, args.rounds) / seconds["ours"]
     print(f"matching and losses, forward and backward: {share:.1%} of the step")
-    print_waiting(ours, args.steps)
+    with memory_kept(ours.device):
+        print_waiting(ours, args.steps)
 
 
 @contextlib.contextmanager
