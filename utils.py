@@ -51,7 +51,7 @@ def tune_malloc(**options):
 @contextlib.contextmanager
 def memory_kept(device):
     """On a CPU, freed memory stays with the process meanwhile, for the next tensors: fetching that of each activation
-    anew, page by page, takes an eighth of a training step or more (benchmarks/train.py)."""
+    anew, page by page, made a training step 1.3 times as long (benchmarks/train.py)."""
     if device.type != "cpu":
         yield
         return

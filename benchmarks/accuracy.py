@@ -162,8 +162,10 @@ def run_variant(stage, name, seed, folder, epochs):
     config = variant_config(name, stage, seed, folder, epochs)
     digest = config_hash(config, name)
     asked = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
-    others = [row for row in read_results() if any(row[key] != value for key, value in asked.items())]
-    if any(row["config_hash"] == digest and row not in others for row in read_results()):
+    same, others = [], []
+    for row in read_results():
+        (same if all(row[key] == value for key, value in asked.items()) else others).append(row)
+    if any(row["config_hash"] == digest for row in same):
         print(f"{config.name} is in {RESULTS} already")
         return
     config = replace(config, name=f"{config.name}_{digest}")  # what was another recipe is not gone on with
