@@ -71,6 +71,7 @@ VARIANTS = {
     "no_way_down": ["neck=ssd"],
     "narrow_fpn": ["fpn_channels=64"],
     "wide_fpn": ["fpn_channels=192"],
+    "tower": ["head_layers=2"],
     "lite1": ["trunk=tf_efficientnet_lite1"],
     "lite2": ["trunk=tf_efficientnet_lite2"],
 }
