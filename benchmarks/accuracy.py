@@ -83,6 +83,11 @@ SCORES = (
     "coco_ap_large",
 )  # fmt: skip
 
+COLUMNS = (
+    "variant", "changes", "epochs", "seeds", "VOC2007 AP50", "COCO AP", "S / M / L", "minutes", "VOC2007 AP50 gained",
+    "COCO AP gained",
+)  # fmt: skip
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -273,8 +278,8 @@ def print_table(stage, args):
         if row["stage"] == stage:
             groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
     print(f"\n{stage}: means over seeds, 95 % intervals; differences to {args.against} paired by seed and image")
-    print("| variant | changes | epochs | seeds | VOC2007 AP50 | COCO AP | S / M / L | minutes | VOC2007 AP50 gained |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|", " | ".join(COLUMNS), "|")
+    print("|" + "---|" * len(COLUMNS))
     for (epochs, variant), seeds in sorted(groups.items()):
         against = groups.get((epochs, args.against), {})
         cells = [
@@ -282,7 +287,8 @@ def print_table(stage, args):
             epochs, len(seeds),
             score_cell(seeds, "voc2007_ap50"), score_cell(seeds, "coco_ap"),
             " / ".join(mean_cell(seeds, f"coco_ap_{size}") for size in ("small", "medium", "large")),
-            mean_cell(seeds, "minutes"), "" if variant == args.against else difference(stage, against, seeds, args),
+            mean_cell(seeds, "minutes"),
+            *(("", "") if variant == args.against else differences(stage, against, seeds, args)),
         ]  # fmt: skip
         print("|", " | ".join(map(str, cells)), "|")
 
@@ -300,11 +306,8 @@ def score_cell(seeds, name):
     return f"{mean_cell(seeds, name)} ({mean_cell(seeds, f'{name}_low')} .. {mean_cell(seeds, f'{name}_high')}{spread})"
 
 
-def difference(stage, base, other, args):
-    """Of two groups of runs, over the seeds they share: the mean difference, and of interval ends the mean as well.
-
-    Interval ends of several seeds are not drawn together: seeds share the photographs, which are most of the noise.
-    """
+def differences(stage, base, other, args):
+    """Of two groups of runs, over the seeds they share: what the other gains in VOC2007 AP50, and in COCO AP."""
     shared = sorted(base.keys() & other.keys())
     data_list = DataList.load(lists_of(stage, Path(args.data)) / "val.json")
     results = []
@@ -312,9 +315,17 @@ def difference(stage, base, other, args):
         files = [Path("runs") / group[seed]["run"] / "detections.json" for group in (base, other)]
         if all(file.is_file() for file in files):
             matched = [intervals.match(data_list, rank(data_list, read_coco(file, data_list)[0])) for file in files]
-            results.append(intervals.compare(data_list, *matched)["voc2007_ap50"])
+            results.append(intervals.compare(data_list, *matched))
     if not results:
-        return "no seed in common" if not shared else "detections of these runs are not here"
+        return ("detections of these runs are not here" if shared else "no seed in common",) * 2
+    return [difference_cell([one[score] for one in results]) for score in ("voc2007_ap50", "coco_ap")]
+
+
+def difference_cell(results):
+    """The mean difference, and of interval ends the mean as well.
+
+    Interval ends of several seeds are not drawn together: seeds share the photographs, which are most of the noise.
+    """
     mean = 100 * statistics.mean(one["difference"] for one in results)
     low, high = (100 * statistics.mean(one["interval"][end] for one in results) for end in (0, 1))
     verdict = "better" if low > 0 else "worse" if high < 0 else "noise"
