@@ -44,7 +44,10 @@ from train import load_lists, train
 from utils import InputError, explain, set_fields, written_whole
 
 # What the lite preset took from this table since: variants start without it.
-TAKEN_BACK = ["augment.copy_paste=0.0", "augment.close_epochs=10"]
+TAKEN_BACK = [
+    "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem", "augment.copy_paste=0.0",
+    "augment.close_epochs=10",
+]  # fmt: skip
 VARIANTS = {
     "base": [],
     "thaw": ["frozen_stages=1"],

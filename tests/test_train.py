@@ -76,7 +76,7 @@ def test_command_line_over_preset():
     config = make_config(parse_args(["--preset", "lite", "--epochs", "3", "--set", "lr=1", "--set", "augment.flip=0"]))
     lite = PRESETS["lite"]()
     assert config == replace(lite, epochs=3, lr=1.0, augment=replace(lite.augment, flip=0.0))
-    assert make_config(parse_args([])) == TrainConfig()
+    assert make_config(parse_args([])) == PRESETS["voc2012"]()
     assert make_config(parse_args(["--compile"])).compile
 
 
