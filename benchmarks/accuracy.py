@@ -171,10 +171,7 @@ def run_variant(stage, name, seed, folder, epochs):
     config = variant_config(name, stage, seed, folder, epochs)
     digest = config_hash(config, name)
     asked = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
-    same, others = [], []
-    for row in read_results():
-        (same if all(row[key] == value for key, value in asked.items()) else others).append(row)
-    if any(row["config_hash"] == digest for row in same):
+    if any(answers(row, asked) and row["config_hash"] == digest for row in read_results()):
         print(f"{config.name} is in {RESULTS} already")
         return
     config = replace(config, name=f"{config.name}_{digest}")  # what was another recipe is not gone on with
@@ -201,8 +198,13 @@ def run_variant(stage, name, seed, folder, epochs):
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
         if limits.get(score):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
-    write_results([*others, row])
+    # Read again: another process may have written meanwhile. What the variant was before it changed goes.
+    write_results([*(one for one in read_results() if not answers(one, asked)), row])
     print(", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def answers(row, asked):
+    return all(row[key] == value for key, value in asked.items())
 
 
 def variant_config(name, stage, seed, folder, epochs):
