@@ -51,11 +51,14 @@ voc0712: .venv/installed
 	$(call train,voc0712)
 	$(BIN)/python eval.py runs/voc0712/best.pth.tar --data data/voc0712 --split test --report runs/voc0712/report.html
 
+# A test file a process, and each process one thread: most of the time goes into building networks and starting scripts.
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	$(pytest)
 
 test-long: .venv/installed-dev
-	$(BIN)/python -m pytest -q -m "long or not long"
+	$(pytest) -m "long or not long"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
