@@ -14,6 +14,7 @@ interval holds 0 are called noise; intervals are of the photographs alone, and a
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -198,8 +199,7 @@ def run_variant(stage, name, seed, folder, epochs):
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
         if limits.get(score):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
-    # Read again: another process may have written meanwhile. What the variant was before it changed goes.
-    write_results([*(one for one in read_results() if not answers(one, asked)), row])
+    add_row(row, asked)
     print(", ".join(f"{key} {value}" for key, value in row.items()))
 
 
@@ -264,12 +264,18 @@ def read_results():
         return list(csv.DictReader(file))
 
 
-def write_results(rows):
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with written_whole(RESULTS) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+def add_row(row, asked):
+    """Adds a row to the results, in place of what the variant gave before it changed; several processes may do so."""
+    folder = os.open(RESULTS.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of the folder, as the file itself is replaced
+        rows = [*(one for one in read_results() if not answers(one, asked)), row]
+        with written_whole(RESULTS) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            writer.writeheader()
+            writer.writerows(rows)
+    finally:
+        os.close(folder)  # which unlocks
 
 
 # ---------------------------------------------------------------------------------------------------------------------

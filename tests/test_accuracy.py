@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,6 @@ def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, 
     monkeypatch.chdir(data.parent)
     Path("benchmarks").mkdir()
     found = {"base": [], "good": [[0, 0, 4, 4]], "same": []}
-    rows = []
     for name, boxes in found.items():
         folder = Path("runs") / name
         folder.mkdir(parents=True)
@@ -75,15 +75,27 @@ def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, 
         (folder / "detections.json").write_text(json.dumps(detections))
         scores = {score: "" if score == "coco_ap_small" else 40.0 + len(boxes) for score in accuracy.SCORES}
         limits = {f"{score}_{end}": 30 for score in ("voc2007_ap50", "coco_ap") for end in ("low", "high")}
-        rows.append(
-            {"run": name, "stage": "confirm", "variant": name, "seed": 0, "epochs": 12, "minutes": 1} | scores | limits
-        )
-    accuracy.write_results(rows)
+        asked = {"stage": "confirm", "variant": name, "seed": "0", "epochs": "12"}
+        accuracy.add_row({"run": name, "minutes": 1} | asked | scores | limits, asked)
     accuracy.main(["table", "confirm", "--data", "lists"])
     lines = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
     assert "40.0 (30.0 .. 30.0) | 40.0 (30.0 .. 30.0) | - / 40.0 / 40.0 | 1.0 |" in lines["base"]
     assert "+100.0 (+100.0 .. +100.0): better" in lines["good"]
     assert "+0.0 (+0.0 .. +0.0): noise, with one seed" in lines["same"]
+
+
+def test_rows_of_many_writers_are_all_kept(accuracy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("benchmarks").mkdir()
+    asked = [{"variant": f"v{k}", "seed": str(seed)} for k in range(8) for seed in range(5)]
+    with ThreadPoolExecutor(8) as pool:  # each opens the folder itself, as processes would
+        list(pool.map(lambda one: accuracy.add_row(one | {"score": "1"}, one), asked))
+    accuracy.add_row(asked[3] | {"score": "2"}, asked[3])
+    rows = accuracy.read_results()
+    assert sorted(f"{row['variant']} {row['seed']}" for row in rows) == sorted(
+        f"{one['variant']} {one['seed']}" for one in asked
+    )
+    assert [row["score"] for row in rows].count("2") == 1
 
 
 def test_every_variant_is_a_recipe(accuracy):
