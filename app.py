@@ -29,9 +29,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from datasets import DataError
 from detector import RUNTIMES, as_image, load_detector
 from draw import annotate
+from images import DataError
 from model import DEFAULT_CHECKPOINT
 from utils import InputError, class_colour, explain, whole_number
 

@@ -39,7 +39,7 @@ from data_check import (
     format_report,
     write_report,
 )
-from datasets import DataError
+from images import DataError
 from utils import InputError, in_threads, whole_number, written_whole
 
 # fmt: off

@@ -18,7 +18,7 @@ import torch
 from PIL import ImageOps
 from torchvision.ops import box_convert, box_iou
 
-from datasets import DataError, open_image, to_rgb
+from images import DataError, open_image, to_rgb
 from model import ModelConfig, make_priors
 from utils import written_whole
 

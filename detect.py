@@ -26,10 +26,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import DataError
 from detections import write_voc_xml, write_yolo
 from detector import RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
 from draw import annotate
+from images import DataError
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
 from utils import InputError, explain, whole_number, written_whole
 from video import Video, is_video, written_video

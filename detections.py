@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from datasets import DataError
+from images import DataError
 from utils import written_whole
 
 

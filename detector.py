@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from datasets import MAX_PIXELS, DataError, fit_image, open_image, to_rgb
+from images import MAX_PIXELS, DataError, fit_image, open_image, to_rgb
 from model import FPNSSD, load_checkpoint, postprocess
 from utils import InputError, autocast, pick_device, pick_precision
 

@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 import distributed
 import intervals
-from datasets import DataError, DataList, DetectionDataset, make_loader
+from data_list import DataList
+from datasets import DetectionDataset, make_loader
 from detections import read_coco, write_coco, write_voc
 from detector import load_detector, runtime_of
+from images import DataError
 from metrics import compute_metrics, rank, score
 from model import DEFAULT_CHECKPOINT, postprocess
 from report import write_report

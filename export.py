@@ -24,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import DataList, DetectionDataset, hash_file
+from data_list import DataList
+from datasets import DetectionDataset
 from detector import load_detector
 from eval import Predictor, evaluate
 from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
 from runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
-from utils import InputError, evenly_spaced, explain, whole_number, written_whole
+from utils import InputError, evenly_spaced, explain, hash_file, whole_number, written_whole
 
 CALIBRATION_IMAGES = 300
 KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import ImageDraw
 
 import diagnosis
-from datasets import DataError
+from images import DataError
 from metrics import is_true_of, precision_curve
 from utils import InputError, written_whole
 

@@ -17,10 +17,9 @@ import numpy as np
 import timm
 import torch
 
-from datasets import hash_file
 from distributed import is_main
 from model import load_checkpoint, save_checkpoint
-from utils import InputError, written_whole
+from utils import InputError, hash_file, written_whole
 
 LAST, PREVIOUS, NEXT, BEST = (f"{name}.pth.tar" for name in ("last", "previous", "next", "best"))
 # What a resumed run may have otherwise without a word, and what it cannot: shapes, and which samples a step sees.

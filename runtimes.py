@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import hash_file
 from detector import Detector
 from model import ModelConfig, priors_of
-from utils import InputError
+from utils import InputError, hash_file
 
 CONFIG_KEY, SOURCE_KEY = "fpn_ssd", "fpn_ssd_source"  # of the files' own metadata
 SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # the faster one first

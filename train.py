@@ -23,9 +23,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-from datasets import DataError, DataList, DetectionDataset, EpochSampler, balanced_weights, make_loader
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler, balanced_weights, make_loader
 from detector import torch_detector
 from eval import Predictor, check_same_classes, format_table, predict
+from images import DataError
 from loss import MultiBoxLoss
 from metrics import compute_metrics
 from model import FPNSSD, ModelConfig, load_checkpoint

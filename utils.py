@@ -5,6 +5,7 @@ import ast
 import colorsys
 import contextlib
 import ctypes
+import hashlib
 import os
 import platform
 import tempfile
@@ -25,7 +26,7 @@ class InputError(ValueError):
 
 def explain(error):
     """An error as one line. From a loader's worker it arrives as a whole traceback, the sentence last."""
-    return str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
+    return str(error).strip().splitlines()[-1].removeprefix("images.DataError: ")
 
 
 def whole_number(least):
@@ -164,6 +165,15 @@ def autocast(device, precision):
     """The context in which a network runs in `precision` ("fp32", "bf16" or "fp16") on `device`."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def hash_file(path):
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

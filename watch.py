@@ -14,8 +14,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import distributed
-from datasets import DataError, collate, draw_batch, fit_image
+from datasets import collate, draw_batch
 from distributed import is_main
+from images import DataError, fit_image
 from report import SHOWN_SCORE, draw_curves
 from run import tolerant
 from utils import evenly_spaced, explain

@@ -34,15 +34,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from peers import PEERS, train_peer
 
 import intervals
-from datasets import DataError, DataList, hash_file
+from data_list import DataList
 from detections import read_coco, write_coco
 from detector import torch_detector
 from eval import Predictor, predict
+from images import DataError
 from metrics import compute_metrics, rank
 from recipe import TrainConfig, lite
 from run import as_builtins, newest_checkpoint
 from train import load_lists, train
-from utils import InputError, explain, set_fields, written_whole
+from utils import InputError, explain, hash_file, set_fields, written_whole
 
 # What the lite preset took from this table since: variants start without it.
 TAKEN_BACK = [

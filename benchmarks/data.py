@@ -27,7 +27,9 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from augment import FILL, AugmentConfig, change_colour, sample_colour_matrix
-from datasets import DataList, DetectionDataset, EpochSampler, fit_image, make_loader
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler, make_loader
+from images import fit_image
 from pixel_cache import PixelCache
 
 

@@ -21,7 +21,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from augment import AugmentConfig
-from datasets import DataList, DetectionDataset, EpochSampler, make_loader
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler, make_loader
 from pixel_cache import PixelCache, cache_path
 
 MB = 2**20

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import intervals
 import metrics
-from datasets import DataList, Strings
+from data_list import DataList, Strings
 
 NUM_CLASSES = 20
 

@@ -22,7 +22,7 @@ from augment import (
     sample_colour_matrix,
     sample_view,
 )
-from datasets import to_pixels
+from images import to_pixels
 
 
 def noise_image(width, height, seed=0):

@@ -18,7 +18,9 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from augment import AugmentConfig
 from create_data_lists import VOC_CLASSES, create_data_lists, main, read_voc
-from datasets import DataError, DataList, DetectionDataset
+from data_list import DataList
+from datasets import DetectionDataset
+from images import DataError
 from train import main as train_main
 
 

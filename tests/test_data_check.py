@@ -16,7 +16,8 @@ from torchvision.ops import box_iou
 
 from create_data_lists import main
 from data_check import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box, default_priors, unmatched_share
-from datasets import DataList, DetectionDataset
+from data_list import DataList
+from datasets import DetectionDataset
 from model import FPNSSD, ModelConfig
 
 ROOT = Path(__file__).parents[1]

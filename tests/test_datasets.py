@@ -1,174 +1,16 @@
-"""Data lists, images and what is wrong with them; samples by key; batches."""
+"""Samples by key, in any order and by any worker; batches."""
 
 import json
-import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import datasets
 from augment import AugmentConfig
-from datasets import (
-    DataError,
-    DataList,
-    DetectionDataset,
-    EpochSampler,
-    Strings,
-    balanced_weights,
-    collate,
-    draw_batch,
-    fit_image,
-    main,
-    make_loader,
-    read_image,
-)
-
-
-def noise_image(width, height, seed=0):
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data lists and images
-
-
-def write_list(path, **changes):
-    content = {
-        "info": {"image_root": "."},
-        "images": [{"id": 7, "file_name": "a.jpg", "width": 10, "height": 20}],
-        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 1, "difficult": 1}],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}],
-        **changes,
-    }
-    path.write_text(json.dumps(content))
-    return path
-
-
-def test_data_list_is_read(tmp_path):
-    data_list = DataList.load(write_list(tmp_path / "x.json"))
-    target = data_list.target(0)
-    assert target["boxes"].tolist() == [[1, 2, 4, 6]]
-    assert (target["labels"].tolist(), target["image_id"], target["size"]) == ([2], 7, (20, 10))
-    assert target["difficult"].tolist() == target["crowd"].tolist() == [True]
-    assert data_list.image_path(0) == tmp_path / "a.jpg"
-    assert DataList.load(tmp_path / "x.json", images="/photos").image_path(0).as_posix() == "/photos/a.jpg"
-
-
-def test_data_list_without_objects(tmp_path):
-    data_list = DataList.load(write_list(tmp_path / "x.json", annotations=[]))
-    assert data_list.target(0)["boxes"].shape == (0, 4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"annotations": [{"id": 5, "image_id": 8, "category_id": 1, "bbox": [0, 0, 1, 1]}]}, "5 names image_id 8"),
-        ({"annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [0, 0, 1, 1]}]}, "category_id 2"),
-        (
-            {"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [0, 0, 0, 1]}]},
-            "5 has a box",
-        ),
-        ({"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [5, 5, 9, 9]}]}, "leaves its image"),
-        ({"images": [{"id": 7, "file_name": "a", "width": 1, "height": 2}] * 2}, "same id to two images"),
-        ({"images": [{"id": 7}]}, "no COCO JSON data list"),
-    ],
-)
-def test_bad_data_lists_are_named(tmp_path, changes, said):
-    with pytest.raises(DataError, match=said):
-        DataList.load(write_list(tmp_path / "x.json", **changes))
-
-
-def test_what_is_no_data_list(tmp_path):
-    (tmp_path / "x.json").write_text("<xml/>")
-    with pytest.raises(DataError, match=r"x\.json is no COCO JSON"):
-        DataList.load(tmp_path / "x.json")
-    with pytest.raises(FileNotFoundError, match="create_data_lists"):
-        DataList.load(tmp_path / "y.json")
-
-
-def test_bad_images_are_named(tmp_path):
-    noise_image(50, 50).save(tmp_path / "whole.jpg")
-    whole = (tmp_path / "whole.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("hello")
-    for name in ("cut", "text", "absent"):
-        with pytest.raises(DataError, match=f"{name}.jpg"):
-            read_image(tmp_path / f"{name}.jpg")
-
-
-def test_image_of_another_size_is_refused(tmp_path):
-    noise_image(50, 50).save(tmp_path / "a.jpg")
-    dataset = DetectionDataset(DataList.load(write_list(tmp_path / "x.json")))
-    with pytest.raises(DataError, match=r"a\.jpg is 50x50 pixels, but .*x\.json says 10x20"):
-        dataset[0]
-
-
-def test_strings_are_a_list():
-    names = ["", "a.jpg", "Bäume/ß 1.png", "", "z" * 300]
-    table = Strings.of(names)
-    assert len(table) == 5
-    assert [table[i] for i in range(5)] == names
-    assert len(Strings.of([])) == 0
-
-
-def same_lists(a, b):
-    assert (a.classes, a.category_ids, a.image_root) == (b.classes, b.category_ids, b.image_root)
-    np.testing.assert_array_equal(a.areas, b.areas)
-    np.testing.assert_array_equal(a.truncated, b.truncated)
-    for index in range(len(a)):
-        one, other = a.target(index), b.target(index)
-        assert a.image_path(index) == b.image_path(index)
-        assert set(one) == set(other)
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
-
-
-@pytest.mark.parametrize("ids", [[7, 9], ["seven", "nine"]])
-def test_arrays_of_a_large_list_are_kept_and_mapped(tmp_path, monkeypatch, ids):
-    images = [{"id": i, "file_name": f"{i}.jpg", "width": 10, "height": 20} for i in ids]
-    path = write_list(tmp_path / "x.json", images=images, annotations=[
-        {"id": 1, "image_id": ids[0], "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 1, "area": 7.5},
-        {"id": 2, "image_id": ids[1], "category_id": 1, "bbox": [0, 2, 3, 4], "difficult": 1, "truncated": 1},
-    ])  # fmt: skip
-    parsed = DataList.load(path)
-    assert parsed.object_areas.tolist() == [7.5, 12]
-    assert parsed.truncated.tolist() == [-1, 1]
-    monkeypatch.setattr(datasets, "ARRAYS_FROM", 0)
-    same_lists(parsed, DataList.load(path))  # makes the file
-    monkeypatch.setattr(DataList, "_from_json", None)  # and now it has to do without parsing
-    mapped = DataList.load(path)
-    same_lists(parsed, mapped)
-    assert mapped.arrays_file == tmp_path / "x.arrays"
-    same_lists(mapped, pickle.loads(pickle.dumps(mapped)))
-    assert len(pickle.dumps(mapped)) < 500
-    assert DataList.load(path, images="/photos").image_path(0).parent == Path("/photos")
-    assert pickle.loads(pickle.dumps(DataList.load(path, images="/photos"))).image_root == Path("/photos")
-
-
-def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "ARRAYS_FROM", 0)
-    path = write_list(tmp_path / "x.json")
-    DataList.load(path)
-    write_list(path, classes=[], annotations=[])
-    assert len(DataList.load(path).boxes) == 0
-    write_list(path)
-    (tmp_path / "x.arrays").write_bytes(b"rubbish")
-    assert len(DataList.load(path).boxes) == 1
-    monkeypatch.setattr(datasets, "ARRAYS_VERSION", 3)  # a file of the version before is of no use to this one
-    monkeypatch.setattr(DataList, "_from_arrays", lambda path, images, arrays_file: torch.load(arrays_file)["version"])
-    assert DataList.load(path) == 3
-    (tmp_path / "x.arrays").unlink()
-    (tmp_path / "x.arrays").mkdir()  # where no file can be written
-    assert len(DataList.load(path, images="/photos").boxes) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples and batches
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler, balanced_weights, collate, draw_batch, main, make_loader
+from images import fit_image, read_image
 
 
 def test_sample_without_augmentation(drawn):
@@ -248,7 +90,10 @@ def test_balanced_weights_by_hand(tmp_path):
         {"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 5, 5], "iscrowd": int(i == 3)}
         for n, (i, c) in enumerate(objects)
     ]
-    data_list = DataList.load(write_list(tmp_path / "x.json", images=images, annotations=annotations))
+    categories = [{"id": c, "name": str(c)} for c in (1, 3)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    data_list = DataList.load(tmp_path / "x.json")
     np.testing.assert_allclose(balanced_weights(data_list, 1.0), [5 / 3, 5 / 3, 5, 5 / 3, 5 / 3])
     np.testing.assert_allclose(balanced_weights(data_list, 0.5), np.sqrt([5 / 3, 5 / 3, 5, 5 / 3, 5 / 3]))
     np.testing.assert_allclose(balanced_weights(data_list, 0.0), np.ones(5))

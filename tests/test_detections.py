@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_metrics import make_detections, make_list, random_case
 
-from datasets import DataError, Strings
+from data_list import Strings
 from detections import read_coco, write_coco, write_voc
+from images import DataError
 from metrics import compute_metrics
 
 BOX, OTHER = (10, 10, 110, 110), (150, 150, 250, 250)

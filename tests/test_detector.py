@@ -10,8 +10,8 @@ from malformed import encoded, malformed_pictures, resident_bytes
 from PIL import Image
 from sure_network import save_sure_network
 
-from datasets import DataError
 from detector import Detections, as_image, load_detector
+from images import DataError
 from model import FPNSSD, ModelConfig
 from utils import InputError
 

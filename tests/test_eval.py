@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from datasets import DataList
+from data_list import DataList
 from detector import torch_detector
 from eval import Predictor, evaluate, main, mirror_index
 from model import FPNSSD, ModelConfig, save_checkpoint

@@ -14,7 +14,8 @@ import pytest
 import torch
 from sure_network import save_sure_network
 
-from datasets import DataList, DetectionDataset
+from data_list import DataList
+from datasets import DetectionDataset
 from detect import main as detect_main
 from detector import WORTH_CONVERTING, load_detector
 from eval import main as eval_main

@@ -10,7 +10,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from datasets import DataList
+from data_list import DataList
 from metrics import COCO_NAMES, compute_metrics, voc2007_ap, voc2010_ap
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 import pixel_cache
 from augment import AugmentConfig
-from datasets import DataList, DetectionDataset, EpochSampler, make_loader
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler, make_loader
 from pixel_cache import PixelCache, cache_path
 from utils import InputError
 

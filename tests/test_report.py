@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from test_metrics import make_detections, make_list
 
-from datasets import DataList
+from data_list import DataList
 from metrics import rank, score
 from report import draw_curves, main, read_log, view_around, write_report
 from utils import InputError

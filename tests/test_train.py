@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as train_module
 from augment import NO_AUGMENTATION
 from create_data_lists import create_data_lists, read_voc
-from datasets import DataList, DetectionDataset, EpochSampler
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler
 from detector import torch_detector
 from eval import Predictor, evaluate
 from loss import MultiBoxLoss

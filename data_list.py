@@ -1,0 +1,246 @@
+"""A data list, the COCO JSON file that create_data_lists.py writes, as arrays."""
+
+import json
+import pickle
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from images import DataError, read_image
+from utils import hash_file, written_whole
+
+ARRAYS_VERSION = 2  # of the fields that such a file holds (see DataList)
+ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
+
+
+class Strings:
+    """A list of strings as two arrays: worker processes share these, where each would copy a list of str."""
+
+    def __init__(self, data, ends):
+        self.data, self.ends = data, ends  # uint8 (bytes,), UTF-8; int64 (n,)
+
+    @classmethod
+    def of(cls, strings):
+        encoded = [string.encode("utf-8") for string in strings]
+        ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        start = self.ends[index - 1] if index > 0 else 0
+        return self.data[start : self.ends[index]].tobytes().decode("utf-8")
+
+
+@dataclass
+class DataList:
+    """A COCO JSON file, as arrays. Objects of image i are rows first[i]:first[i + 1]."""
+
+    path: str
+    image_root: Path
+    classes: tuple  # names of labels 1..C
+    category_ids: tuple  # their ids in the file
+    file_names: Strings  # relative to image_root
+    image_ids: np.ndarray  # (images,) int64; Strings where the file has other ids than integers
+    sizes: np.ndarray  # (images, 2) int32, height and width
+    apply_exif: np.ndarray  # (images,) bool: sizes and boxes are those of the image turned by its EXIF orientation
+    first: np.ndarray  # (images + 1,) int64
+    boxes: np.ndarray  # (objects, 4) float32, xyxy in pixels
+    labels: np.ndarray  # (objects,) int32, 1..C
+    difficult: np.ndarray  # (objects,) bool
+    crowd: np.ndarray  # (objects,) bool
+    areas: np.ndarray | None = None  # (objects,) float32, square pixels; None where they are the boxes' areas
+    truncated: np.ndarray | None = None  # (objects,) int8: 1, 0, or -1 where it is not known; None if it never is
+    arrays_file: Path | None = None  # where the arrays are mapped from, if they are
+
+    def __len__(self):
+        return len(self.sizes)
+
+    @property
+    def object_images(self):
+        """(objects,): the row of each object's image."""
+        return np.repeat(np.arange(len(self)), np.diff(self.first))
+
+    @property
+    def counted(self):
+        """(objects,) bool: neither difficult nor a crowd, so that finding it counts and missing it too."""
+        return ~(self.difficult | self.crowd)
+
+    @property
+    def object_areas(self):
+        """(objects,) square pixels: the file's own, as those of COCO's outlines, or the boxes'."""
+        sides = self.boxes[:, 2:] - self.boxes[:, :2]
+        return sides.prod(axis=1) if self.areas is None else self.areas
+
+    def image_id(self, index):
+        """As the file has it: an int, or a string."""
+        image_id = self.image_ids[index]
+        return image_id if isinstance(image_id, str) else int(image_id)
+
+    def target(self, index):
+        """dict of boxes (n, 4), labels, difficult, crowd (n,), image_id, size (h, w), as numpy arrays."""
+        rows = slice(self.first[index], self.first[index + 1])
+        return {
+            "boxes": self.boxes[rows],
+            "labels": self.labels[rows].astype(np.int64),
+            "difficult": self.difficult[rows],
+            "crowd": self.crowd[rows],
+            "image_id": self.image_id(index),
+            "size": tuple(self.sizes[index].tolist()),
+        }
+
+    def image_path(self, index):
+        return self.image_root / self.file_names[index]
+
+    def read_image(self, index):
+        """The whole image as PIL's, RGB, of the size that the list says; DataError otherwise."""
+        path, (height, width) = self.image_path(index), self.sizes[index]
+        try:
+            image = read_image(path, self.apply_exif[index])
+        except DataError as error:
+            sentence = f"{error}; {self.path} lists it (--images FOLDER if the photographs moved)"
+            raise DataError(sentence, error.kind) from error
+        if (image.height, image.width) != (height, width):
+            raise DataError(
+                f"image {path} is {image.width}x{image.height} pixels, but {self.path} says {width}x{height}: "
+                "list the data anew"
+            )
+        return image
+
+    @classmethod
+    def load(cls, path, images=None):
+        """Reads a list as create_data_lists.py writes it; images: overrides info.image_root.
+
+        A large list's arrays are kept in a file beside it, which the next loads map into memory instead of reading the
+        JSON. DataError names what is wrong: no COCO JSON, an id that is unknown or there twice, a box that is empty or
+        leaves its image.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+        if path.stat().st_size < ARRAYS_FROM:
+            return cls._from_json(path, images)
+        arrays_file, content_hash = path.with_suffix(".arrays"), hash_file(path)
+        if _stored_hash(arrays_file) != content_hash:
+            data_list = cls._from_json(path)
+            try:
+                data_list._write_arrays(arrays_file, content_hash)
+            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+                print(f"note: cannot write {arrays_file} ({error}): {path} is parsed each time", file=sys.stderr)
+                return replace(data_list, image_root=Path(images)) if images else data_list
+        return cls._from_arrays(path, images, arrays_file)
+
+    @classmethod
+    def _from_json(cls, path, images=None):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls._from_coco(path, content, images)
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(f"{path} is no COCO JSON data list ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _from_coco(cls, path, content, images):
+        category_ids = tuple(category["id"] for category in content["categories"])
+        label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
+        row_of = {image["id"]: row for row, image in enumerate(content["images"])}
+        if len(row_of) != len(content["images"]) or len(label_of) != len(category_ids):
+            raise DataError(f"{path} gives the same id to two images or categories")
+        objects = content["annotations"]
+        for entry in objects:
+            for key, known in (("image_id", row_of), ("category_id", label_of)):
+                if entry[key] not in known:
+                    raise DataError(f"{path}: annotation {entry.get('id')} names {key} {entry[key]!r}, not in the file")
+        rows = np.fromiter((row_of[entry["image_id"]] for entry in objects), np.int64, len(objects))
+        order = np.argsort(rows, kind="stable")
+        boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)[order]
+        boxes[:, 2:] += boxes[:, :2]
+        sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int32).reshape(-1, 2)
+        limits = sizes[rows[order]][:, [1, 0, 1, 0]]  # (n, 4): width, height, width, height
+        # Written so that NaN is bad too. A hundredth of a pixel is what rounding may add.
+        good = (boxes >= -0.01).all(axis=1) & (boxes <= limits + 0.01).all(axis=1)
+        bad = ~(good & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+        if bad.any():
+            entry = objects[order[bad.argmax()]]
+            problem = f"annotation {entry.get('id')} has a box {entry['bbox']} that is empty or leaves its image"
+            raise DataError(f"{path}: {problem}; list the data anew")
+        image_ids = [image["id"] for image in content["images"]]
+        whole = all(isinstance(image_id, int) for image_id in image_ids)
+
+        def column(values, dtype):
+            return np.fromiter(values, dtype, len(objects))[order]
+
+        box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        areas = column((entry.get("area", np.nan) for entry in objects), np.float32)
+        areas = np.where(np.isnan(areas), box_areas, areas)
+        truncated = column((entry.get("truncated", -1) for entry in objects), np.int8)
+        return cls(
+            path=str(path),
+            # An image root that is no absolute path is meant from where the list lies.
+            image_root=Path(images) if images else path.parent / content.get("info", {}).get("image_root", "."),
+            classes=tuple(category["name"] for category in content["categories"]),
+            category_ids=category_ids,
+            file_names=Strings.of([image["file_name"] for image in content["images"]]),
+            image_ids=np.array(image_ids, dtype=np.int64) if whole else Strings.of(map(str, image_ids)),
+            sizes=sizes,
+            apply_exif=np.array([image.get("apply_exif", False) for image in content["images"]], dtype=bool),
+            first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
+            boxes=boxes,
+            labels=column((label_of[entry["category_id"]] for entry in objects), np.int32),
+            difficult=column((entry.get("difficult", 0) for entry in objects), bool),
+            crowd=column((entry.get("iscrowd", 0) for entry in objects), bool),
+            areas=None if np.allclose(areas, box_areas, rtol=1e-3) else areas,
+            truncated=truncated if (truncated >= 0).any() else None,
+        )
+
+    def _write_arrays(self, arrays_file, content_hash):
+        root, beside = self.image_root, arrays_file.parent
+        content = {"version": ARRAYS_VERSION, "content_hash": content_hash}
+        content["image_root"] = str(root.relative_to(beside) if root.is_relative_to(beside) else root)
+        content |= {"classes": list(self.classes), "category_ids": list(self.category_ids)}
+        for name, value in vars(self).items():
+            if isinstance(value, Strings):
+                content |= {f"{name}.data": torch.tensor(value.data), f"{name}.ends": torch.tensor(value.ends)}
+            elif isinstance(value, np.ndarray):
+                content[name] = torch.from_numpy(value)
+        with written_whole(arrays_file) as temporary:
+            torch.save(content, temporary)
+
+    @classmethod
+    def _from_arrays(cls, path, images, arrays_file):
+        content = torch.load(arrays_file, mmap=True, weights_only=True)
+        fields = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
+        arrays = {name: value.numpy() for name, value in content.items() if isinstance(value, torch.Tensor)}
+        for array in arrays.values():
+            array.view(np.uint8).max(initial=0)  # one pass in order now, in place of page faults here and there later
+        for name in ("file_names", "image_ids"):
+            if f"{name}.data" in arrays:
+                arrays[name] = Strings(arrays.pop(f"{name}.data"), arrays.pop(f"{name}.ends"))
+        return cls(
+            path=str(path),
+            image_root=Path(images) if images else Path(path).parent / fields["image_root"],
+            classes=tuple(fields["classes"]),
+            category_ids=tuple(fields["category_ids"]),
+            arrays_file=arrays_file,
+            **arrays,
+        )
+
+    def __reduce_ex__(self, protocol):
+        if self.arrays_file is None:
+            return super().__reduce_ex__(protocol)
+        # A spawned worker maps the same file: nothing is copied.
+        return DataList._from_arrays, (self.path, self.image_root, self.arrays_file)
+
+
+def _stored_hash(arrays_file):
+    """The hash of the JSON that an arrays file was made of; None where there is no such file, or no whole one."""
+    try:
+        content = torch.load(arrays_file, mmap=True, weights_only=True)
+        return content["content_hash"] if content["version"] == ARRAYS_VERSION else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+        return None
