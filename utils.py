@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ class InputError(ValueError):
 
 def explain(error):
     """An error as one line. From a loader's worker it arrives as a whole traceback, the sentence last."""
-    return str(error).strip().splitlines()[-1].removeprefix("images.DataError: ")
+    last_line = str(error).strip().splitlines()[-1]
+    return re.sub(r"^(\w+\.)+\w*Error: ", "", last_line)  # a traceback's name of ours, as in images.DataError
 
 
 def whole_number(least):

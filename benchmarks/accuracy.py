@@ -267,6 +267,7 @@ def read_results():
 
 def add_row(row, asked):
     """Adds a row to the results, in place of what the variant gave before it changed; several processes may do so."""
+    RESULTS.parent.mkdir(exist_ok=True)
     folder = os.open(RESULTS.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of the folder, as the file itself is replaced

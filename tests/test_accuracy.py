@@ -66,7 +66,6 @@ def test_a_photograph_under_two_names_is_found(accuracy, data):
 def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, capsys):
     """Two images of one object: base finds none, good both, the other one with the same boxes as base."""
     monkeypatch.chdir(data.parent)
-    Path("benchmarks").mkdir()
     found = {"base": [], "good": [[0, 0, 4, 4]], "same": []}
     for name, boxes in found.items():
         folder = Path("runs") / name
@@ -86,15 +85,12 @@ def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, 
 
 def test_rows_of_many_writers_are_all_kept(accuracy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("benchmarks").mkdir()
     asked = [{"variant": f"v{k}", "seed": str(seed)} for k in range(8) for seed in range(5)]
     with ThreadPoolExecutor(8) as pool:  # each opens the folder itself, as processes would
         list(pool.map(lambda one: accuracy.add_row(one | {"score": "1"}, one), asked))
     accuracy.add_row(asked[3] | {"score": "2"}, asked[3])
     rows = accuracy.read_results()
-    assert sorted(f"{row['variant']} {row['seed']}" for row in rows) == sorted(
-        f"{one['variant']} {one['seed']}" for one in asked
-    )
+    assert sorted((row["variant"], row["seed"]) for row in rows) == [tuple(one.values()) for one in asked]
     assert [row["score"] for row in rows].count("2") == 1
 
 

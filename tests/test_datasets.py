@@ -10,7 +10,8 @@ from PIL import Image
 from augment import AugmentConfig
 from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, balanced_weights, collate, draw_batch, main, make_loader
-from images import fit_image, read_image
+from images import DataError, fit_image, read_image
+from utils import explain
 
 
 def test_sample_without_augmentation(drawn):
@@ -147,6 +148,15 @@ def test_batches_can_be_drawn_without_objects(drawn):
     sample = DetectionDataset(DataList.load(drawn / "train.json"), 64)[0]
     empty = {**sample, **{k: sample[k][:0] for k in ("boxes_unit", "labels", "difficult", "crowd")}}
     assert draw_batch(collate([empty, empty]), ("a",)).size == (2 * 68 + 4, 72)
+
+
+def test_error_of_a_worker_is_one_sentence(tmp_path):
+    images = [{"id": 1, "file_name": "absent.jpg", "width": 10, "height": 20}]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    dataset = DetectionDataset(DataList.load(tmp_path / "x.json"))
+    with pytest.raises(DataError) as caught:
+        list(make_loader(dataset, 1, workers=1))
+    assert explain(caught.value).startswith(f"image {tmp_path / 'absent.jpg'} is missing")
 
 
 def test_collate_pads_with_label_zero(drawn):
