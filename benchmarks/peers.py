@@ -34,7 +34,7 @@ DECODING = {"score_thresh": 0.01, "detections_per_img": 200}  # the rest as they
 def train_peer(name, config, train_list, folder):
     """(predict_fn of the averaged weights, minutes of training) after config.epochs; goes on where it was stopped."""
     torch.manual_seed(config.seed)
-    model = PEERS[name](len(train_list.classes), config)
+    model = PEERS[name](len(train_list.classes), config).to(memory_format=torch.channels_last)  # faster, no more
     freeze(model.backbone, config)
     ema = EMA(model, config.ema_decay)
     dataset = PeerDataset(train_list, AUGMENTATIONS[name], config.seed)
