@@ -29,7 +29,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from detector import RUNTIMES, as_image, load_detector
+from detector import MIN_SCORE, RUNTIMES, as_image, load_detector
 from draw import annotate
 from images import DataError
 from model import DEFAULT_CHECKPOINT
@@ -188,7 +188,7 @@ def add_endpoint(app, answers):
 
     @app.post("/detect")
     async def detect(
-        request: Request, min_score: float = 0.25, max_overlap: float = 0.5, top_k: int = 200, suppress: str = ""
+        request: Request, min_score: float = MIN_SCORE, max_overlap: float = 0.5, top_k: int = 200, suppress: str = ""
     ):
         """A picture as the body; suppress: names of classes to leave out, with commas between."""
         try:
@@ -276,7 +276,7 @@ CSS = """
 """
 
 KNOBS = (  # name, (least, most, at first), step, what it does
-    ("min_score", (0.01, 1, 0.25), 0.01, "what scores at least this is shown"),
+    ("min_score", (0.01, 1, MIN_SCORE), 0.01, "what scores at least this is shown"),
     ("max_overlap", (0, 1, 0.5), 0.01, "a box goes if its IoU with a better one of its class is above this"),
     ("top_k", (1, 200, 200), 1, "at most so many objects"),
 )

@@ -10,7 +10,7 @@ In Python, with torch's safe loading left on:
     from detect import detect
     checkpoint = torch.load("checkpoint/fpnssd300_lite_voc.pth.tar")
     model = checkpoint["model"].to(device)
-    annotated = detect(image, min_score=0.25, max_overlap=0.5, top_k=200)  # PIL in, PIL out; model=... optional
+    annotated = detect(image, min_score=0.4, max_overlap=0.5, top_k=200)  # PIL in, PIL out; model=... optional
 
 For boxes rather than pictures: load_detector(path).predict(images), in detector.py.
 """
@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from detections import write_voc_xml, write_yolo
-from detector import RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
+from detector import MIN_SCORE, RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
 from draw import annotate
 from images import DataError
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
@@ -44,7 +44,7 @@ _in_use = (None, None)  # the model that detect() used last, and its Detector
 # In Python
 
 
-def detect(image, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, model=None):
+def detect(image, min_score=MIN_SCORE, max_overlap=0.5, top_k=200, suppress=None, model=None):
     """An annotated copy of a picture (see detector.as_image) as a PIL image.
 
     suppress: names of classes to leave out. model: an FPNSSD or a Detector; without it the one last loaded in this
@@ -54,7 +54,7 @@ def detect(image, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, mod
     return annotate(picture, _detector(model).predict(picture, min_score, max_overlap, top_k, suppress))
 
 
-def predict(images, min_score=0.25, max_overlap=0.5, top_k=200, suppress=None, model=None):
+def predict(images, min_score=MIN_SCORE, max_overlap=0.5, top_k=200, suppress=None, model=None):
     """Detections of a picture, or a list of them for a list; `model` as for detect."""
     return _detector(model).predict(images, min_score, max_overlap, top_k, suppress)
 
@@ -117,7 +117,7 @@ def parse_args(argv):
     parser.add_argument("--crops", metavar="FOLDER", help="gets what was found, cut out, in a folder a class")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="look for these alone")
     parser.add_argument("--suppress", nargs="+", default=[], metavar="NAME", help="leave these out")
-    parser.add_argument("--min-score", type=float, default=0.25)
+    parser.add_argument("--min-score", type=float, default=MIN_SCORE)
     parser.add_argument("--max-overlap", type=float, default=0.5)
     parser.add_argument("--top-k", type=whole_number(1), default=200)
     parser.add_argument("--batch-size", type=whole_number(1), default=8)

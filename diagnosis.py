@@ -184,7 +184,7 @@ def _few_of_each(rows, labels, most, most_of_class):
 # Confusions, calibration, kinds of objects
 
 
-def confusion(data_list, ranked, errors, min_score=0.25):
+def confusion(data_list, ranked, errors, min_score):
     """(C + 1, C + 1) counts of detections of at least min_score: row is the object's label, column the detection's.
 
     Row 0: detections of nothing (or of what was found already). Column 0: objects without a detection.

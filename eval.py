@@ -226,6 +226,11 @@ def format_table(metrics):
             middle = metrics.get("intervals", {}).get(name)
             said = f"  95 %: {_percent(middle[0])} .. {_percent(middle[1])}" if middle else ""
             lines.append(f"{name:16} {_percent(value):>6}{said}")
+    if best := metrics["best_f1"]:
+        lines.append(
+            f"F1 is highest, {_percent(best['f1'])}, from a score of {best['min_score']:.2f} on: of these detections "
+            f"{_percent(best['precision'])} % are right, of the objects {_percent(best['recall'])} % are found"
+        )
     if metrics["objects"] == 0:
         lines.append("no object to score against: all numbers are none")
     seconds, settings = metrics.get("seconds", {}), metrics.get("settings", {})

@@ -1,7 +1,7 @@
 """torch.hub's door to the project, for code that does not live in this folder.
 
 detector = torch.hub.load("path/to/this/folder", "detector", source="local")
-found = detector.predict("photo.jpg", min_score=0.25)
+found = detector.predict("photo.jpg", min_score=0.4)
 """
 
 from detector import load_detector

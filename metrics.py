@@ -27,7 +27,7 @@ def compute_metrics(data_list, detections, voc_overlaps=(0.5,)):
 
     Returns numbers in 0..1 by name (voc2007_ap50 is at IoU 0.5; voc_overlaps says at which VOC is scored) and
     per_class, a dict of such dicts; None where there is nothing to score against (a class without objects, a size that
-    no object has). Means are over classes that have objects.
+    no object has). Means are over classes that have objects. best_f1: see there.
     """
     return score(data_list, rank(data_list, detections), voc_overlaps)
 
@@ -35,14 +35,14 @@ def compute_metrics(data_list, detections, voc_overlaps=(0.5,)):
 def score(data_list, ranked, voc_overlaps=(0.5,)):
     """compute_metrics for detections that are ranked already."""
     coco, coco_per_class = coco_metrics(data_list, ranked)
-    statuses = {min_overlap: match_voc(data_list, ranked, min_overlap) for min_overlap in voc_overlaps}
+    statuses = {min_overlap: match_voc(data_list, ranked, min_overlap) for min_overlap in {0.5, *voc_overlaps}}
     per_class = {}
     for label, name in enumerate(data_list.classes, start=1):
         of_class = data_list.labels == label
         num_objects = int((of_class & data_list.counted).sum())
         voc = {}
-        for min_overlap, status in statuses.items():
-            is_true = is_true_of(status[ranked.of(label)])
+        for min_overlap in voc_overlaps:
+            is_true = is_true_of(statuses[min_overlap][ranked.of(label)])
             voc[voc_name(2007, min_overlap)] = voc2007_ap(is_true, num_objects)
             voc[voc_name(2010, min_overlap)] = voc2010_ap(is_true, num_objects)
         per_class[name] = {
@@ -56,6 +56,7 @@ def score(data_list, ranked, voc_overlaps=(0.5,)):
     return {
         **{name: mean_of_known(row[name] for row in per_class.values()) for name in names},
         **coco,
+        "best_f1": best_f1(ranked.scores, statuses[0.5], data_list.counted.sum()),
         "images": len(data_list),
         "objects": sum(row["objects"] for row in per_class.values()),
         "per_class": per_class,
@@ -211,6 +212,25 @@ def voc2010_ap(is_true, num_objects):
     _, precision = precision_curve(is_true)
     monotone = np.maximum.accumulate(precision[::-1])[::-1]
     return float(monotone[is_true].sum() / num_objects)
+
+
+def best_f1(scores, status, num_objects):
+    """The min_score with the highest F1 (2 x right / (shown + objects)) over all classes, for who looks at detections.
+
+    scores (n,) and status (n,) as of match_voc, in any order. Returns a dict of min_score, f1, precision and recall, of
+    equals the highest score; None if no detection or no object counts.
+    """
+    counted = status >= 0
+    order = np.argsort(-scores[counted], kind="stable")
+    scores, is_true = scores[counted][order], is_true_of(status)[order]
+    if num_objects == 0 or len(scores) == 0:
+        return None
+    true_so_far, precision = precision_curve(is_true)
+    f1 = 2 * true_so_far / (np.arange(1, len(scores) + 1) + num_objects)
+    cuts = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))  # equal scores are shown together
+    best = cuts[np.argmax(f1[cuts])]
+    numbers = {"min_score": scores[best], "f1": f1[best], "precision": precision[best]}
+    return {name: float(value) for name, value in numbers.items()} | {"recall": float(true_so_far[best] / num_objects)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

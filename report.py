@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import ImageDraw
 
 import diagnosis
+from detector import MIN_SCORE
 from images import DataError
 from metrics import is_true_of, precision_curve
 from utils import InputError, written_whole
@@ -38,7 +39,6 @@ PROTOCOLS = {
     "coco_ap_large": "COCO, larger ones",
     "coco_ar100": "COCO: mean recall with 100 detections a class and image",
 }
-SHOWN_SCORE = 0.25  # of the detections in the confusion matrix and the pictures; detect.py's default
 MOST_CONFUSED = 24  # classes in the confusion matrix
 BLUE, ORANGE, GREY = "#1f6fb4", "#e8710a", "#8a8f98"
 STYLE = {
@@ -109,7 +109,7 @@ def write_report(path, data_list, ranked, metrics):
         false_positives=picture_false_positives(data_list, ranked, errors),
         missed=picture_missed(data_list, ranked, errors),
         error_types=diagnosis.ERROR_TYPES,
-        shown_score=SHOWN_SCORE,
+        shown_score=MIN_SCORE,
         colours={"detection": ORANGE, "object": BLUE},
         today=date.today().isoformat(),
     )
@@ -241,7 +241,7 @@ def chart_calibration(ranked, errors):
 
 
 def chart_confusion(data_list, ranked, errors):
-    matrix = diagnosis.confusion(data_list, ranked, errors, SHOWN_SCORE)
+    matrix = diagnosis.confusion(data_list, ranked, errors, MIN_SCORE)
     names = ["background", *data_list.classes]
     wrong = matrix - np.diag(np.diag(matrix))
     shown = np.arange(len(names))
@@ -271,7 +271,7 @@ def chart_confusion(data_list, ranked, errors):
         as_svg(figure),
         f"Confusion matrix of {len(shown)} classes with background. Most common between classes: "
         + (", ".join(f"{count} x {true} taken for {said}" for count, true, said in between[:5]) or "none"),
-        f"Detections with a score of {SHOWN_SCORE} or more at IoU 0.5; colour is the share of a row. The row "
+        f"Detections with a score of {MIN_SCORE} or more at IoU 0.5; colour is the share of a row. The row "
         "“background” counts detections of nothing, of the wrong place or of what was found already, the column "
         f"“background” objects that nothing found.{left_out}",
         ("is", "detected as", "number"),
@@ -351,7 +351,7 @@ def picture_false_positives(data_list, ranked, errors):
 def picture_missed(data_list, ranked, errors):
     pictures = []
     images = data_list.object_images
-    shown = np.flatnonzero(ranked.scores >= SHOWN_SCORE)
+    shown = np.flatnonzero(ranked.scores >= MIN_SCORE)
     for row, cost in diagnosis.costliest_missed(data_list, errors):
         sides = data_list.boxes[row, 2:] - data_list.boxes[row, :2]
         text = f"{sides[0]:.0f} x {sides[1]:.0f} pixels; costs {100 * cost:.2f} points or more"

@@ -17,12 +17,13 @@ import distributed
 from datasets import collate, draw_batch
 from distributed import is_main
 from images import DataError, fit_image
-from report import SHOWN_SCORE, draw_curves
+from report import draw_curves
 from run import tolerant
 from utils import evenly_spaced, explain
 
 LINE_EVERY = 30  # seconds between lines where there is no terminal
 SHOWN_IMAGES = 8
+SHOWN_SCORE = 0.25  # lower than to look at a finished detector: what is coming shows earlier
 
 
 class Watch:

@@ -50,7 +50,7 @@ def server(checkpoint):
     process = subprocess.Popen(command, cwd=checkpoint.parent, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(3000):  # minutes, as other work may keep the machine busy
             time.sleep(0.1)
             assert process.poll() is None, "app.py ended"
             try:
@@ -58,6 +58,8 @@ def server(checkpoint):
                 break
             except urllib.error.URLError:
                 continue
+        else:
+            pytest.fail("app.py did not answer within five minutes")
         yield SimpleNamespace(url=url, pid=process.pid)
     finally:
         os.killpg(process.pid, signal.SIGTERM)

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data_list import DataList
-from metrics import COCO_NAMES, compute_metrics, voc2007_ap, voc2010_ap
+from metrics import COCO_NAMES, best_f1, compute_metrics, voc2007_ap, voc2010_ap
 
 
 def make_list(images, num_classes=3):
@@ -98,6 +98,32 @@ def test_threshold_is_reached_by_half():
     half = (10, 10, 110, 60)  # IoU exactly 0.5
     assert ap([(BOX, 1, 0, 0)], [(half, 0.9, 1)]) == 1
     assert ap([(BOX, 1, 0, 0)], [((10, 10, 110, 59), 0.9, 1)]) == 0
+
+
+def test_best_f1_by_hand():
+    # Of three objects: right, wrong, right; then one wrong and one right of the same score, which stay together; an
+    # ignored one between them is not shown as anything. F1: 2/4, 2/5, 4/6, 6/8.
+    scores = np.array([0.9, 0.8, 0.7, 0.65, 0.6, 0.6])
+    status = np.array([1, 0, 1, -1, 0, 1], dtype=np.int8)
+    expected = {"min_score": 0.6, "f1": 6 / 8, "precision": 3 / 5, "recall": 1}
+    assert best_f1(scores, status, 3) == pytest.approx(expected)
+    expected = {"min_score": 0.7, "f1": 4 / 10, "precision": 2 / 3, "recall": 2 / 7}
+    assert best_f1(scores[:5], status[:5], 7) == pytest.approx(expected)
+    assert best_f1(scores, status, 0) is None
+    assert best_f1(scores[3:4], status[3:4], 3) is None
+
+
+def test_best_f1_is_that_of_the_best_min_score_asked_for():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores, status = rng.integers(1, 20, 60) / 20, rng.integers(-1, 2, 60).astype(np.int8)
+        found = best_f1(scores, status, 40)
+        f1 = {}
+        for min_score in scores:
+            right, wrong = (((scores >= min_score) & (status == s)).sum() for s in (1, 0))
+            f1[min_score] = 2 * right / (2 * right + wrong + 40 - right)
+        assert found["f1"] == pytest.approx(max(f1.values())) == f1[found["min_score"]]
+        assert found["f1"] == pytest.approx(2 / (1 / found["precision"] + 1 / found["recall"]))
 
 
 def test_numbers_or_none_but_no_crash():

@@ -290,12 +290,14 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(drawn, in_tmp):
     assert "Traceback" not in said
     step = load_checkpoint("runs/c/last.pth.tar")["step"]
     assert 0 < step < 900
-    process = start(in_tmp, ["--name", "c", "--resume"])  # the run knows its recipe
+    process = start(in_tmp, ["--name", "c", "--resume", "--set", "save_minutes=0.001"])  # the run knows its recipe
     line = ""
     while f"runs/c/last.pth.tar, step {step}" not in line:
         line = process.stdout.readline()
         assert process.poll() is None
-    time.sleep(2)
+    while load_checkpoint("runs/c/last.pth.tar")["step"] == step:
+        time.sleep(0.1)
+        assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0
