@@ -159,8 +159,9 @@ class StopOnSignal:
         if self.wanted:  # schedulers may send it twice: to the group and through torchrun
             return
         self.wanted = True
-        # A scheduler's signal ends the loader's workers as well: that must not raise in the middle of saving.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # A scheduler's signal ends the loader's workers as well: that must not raise in the middle of saving. Not
+        # SIG_DFL: where a worker's end came in the same moment, Python would print that it lost a signal's handler.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         tqdm.write("stopping after this step and saving; Ctrl-C once more to stop at once", file=sys.stderr)
 
     def __exit__(self, *_):

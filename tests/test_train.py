@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -303,6 +304,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(drawn, in_tmp):
     assert process.returncode == 0
     assert "--name c --resume" in said
     assert load_checkpoint("runs/c/last.pth.tar")["step"] > step
+
+
+def test_a_signal_to_the_group_comes_with_the_end_of_a_worker(monkeypatch):
+    """Both in one moment, as when a scheduler ends a job: nothing is printed of a signal that was lost."""
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    both = {signal.SIGTERM, signal.SIGCHLD}
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's loader has one
+    try:
+        with StopOnSignal() as stop:
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            for number in both:
+                signal.pthread_kill(threading.get_ident(), number)  # no other thread is to take it now
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert stop.wanted
+        assert not lost
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsys):
