@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from create_data_lists import VOC_CLASSES
+from annotations import VOC_CLASSES
 from model import FPNSSD, CheckpointError, ModelConfig, save_checkpoint
 from utils import InputError, explain
 

@@ -1,7 +1,7 @@
 """Opens every image and looks at every box before training does; what is wrong goes into a table, a JSON and a picture.
 
 `check_image` judges one image, `finish_splits` what only shows in all of them together, `write_report` tells it.
-create_data_lists.py reads the annotations and calls these.
+annotations.py says what there is, create_data_lists.py calls these.
 """
 
 import hashlib

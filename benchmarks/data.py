@@ -54,7 +54,8 @@ def main(argv=None):
 
 def draw_list(folder, count):
     """Drawn images as large as VOC's photographs, since the sizes that synthetic.py draws are others."""
-    from create_data_lists import create_data_lists, read_voc
+    from annotations import read_voc
+    from create_data_lists import create_data_lists
     from synthetic import draw_dataset
 
     draw_dataset(folder / "voc", {"train": count})

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from create_data_lists import VOC_CLASSES
+from annotations import VOC_CLASSES
 from detector import load_detector
 from export import export_onnx, export_openvino
 from model import FPNSSD, ModelConfig, save_checkpoint

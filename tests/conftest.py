@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from create_data_lists import create_data_lists, read_voc
+from annotations import read_voc
+from create_data_lists import create_data_lists
 from synthetic import draw_dataset
 
 CHROMIUM = "/usr/bin/chromium"

@@ -16,8 +16,9 @@ import yaml
 from PIL import Image
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+from annotations import VOC_CLASSES, read_voc
 from augment import AugmentConfig
-from create_data_lists import VOC_CLASSES, create_data_lists, main, read_voc
+from create_data_lists import create_data_lists, main
 from data_list import DataList
 from datasets import DetectionDataset
 from images import DataError

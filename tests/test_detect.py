@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sure_network import save_sure_network
 
-from create_data_lists import parse_voc_xml
+from annotations import parse_voc_xml
 from detect import annotate, detect, free_name, main, predict
 from detector import Detections
 from draw import overlap, place_label

@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 from sure_network import save_sure_network
 
-from create_data_lists import VOC_CLASSES
+from annotations import VOC_CLASSES
 from recipe import lite
 
 ROOT = Path(__file__).parents[1]

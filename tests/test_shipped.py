@@ -7,7 +7,7 @@ import skimage.data
 import torch
 from torchvision.ops import box_iou
 
-from create_data_lists import VOC_CLASSES
+from annotations import VOC_CLASSES
 from detector import load_detector
 from model import DEFAULT_CHECKPOINT, FPNSSD
 

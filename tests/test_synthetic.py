@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from create_data_lists import create_data_lists, read_voc
+from annotations import read_voc
+from create_data_lists import create_data_lists
 from synthetic import SHAPES, draw_dataset, draw_image
 
 

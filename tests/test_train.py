@@ -22,8 +22,9 @@ from test_loss import COMBINATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
+from annotations import read_voc
 from augment import NO_AUGMENTATION
-from create_data_lists import create_data_lists, read_voc
+from create_data_lists import create_data_lists
 from data_list import DataList
 from datasets import DetectionDataset, EpochSampler
 from detector import torch_detector
