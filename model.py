@@ -39,8 +39,6 @@ class ModelConfig:
     trunk: str = "resnet50"  # a timm name, weight tag optional
     image_size: int = 300  # side of the square the network sees
     fpn_channels: int = 256
-    head_layers: int = 0  # of the towers below the heads, which all levels share; SSD has none
-    shared_heads: bool = False  # one pair of heads for all levels, as RetinaNet's; SSD has a pair a level
     # One entry a level, P3..P9. A scale is the side of the square prior, as a fraction of the image's.
     scales: tuple = (0.1, 0.2, 0.34, 0.48, 0.62, 0.76, 0.9)
     # Besides the two squares; each ratio r stands for r and 1/r.
@@ -82,7 +80,7 @@ class ModelConfig:
         if len(set(self.classes)) != len(self.classes):
             twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
             raise InputError(f"classes named twice: {', '.join(twice)}")
-        for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048), ("head_layers", 0, 16)):
+        for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise InputError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
@@ -99,9 +97,8 @@ class ModelConfig:
 
         if self.neck not in NECKS:
             raise InputError(f"neck {self.neck!r} is none of {', '.join(NECKS)}")
-        for name in ("shared_heads", "single_ratios", "clamp_priors"):
-            if type(getattr(self, name)) is not bool:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it is True or False")
+        if type(self.single_ratios) is not bool or type(self.clamp_priors) is not bool:
+            raise InputError("single_ratios and clamp_priors are True or False")
 
     @property
     def priors_per_cell(self):
@@ -225,16 +222,6 @@ class OriginalFPN(nn.Module):
 NECKS = {"fpn": FPN, "ssd": SSDNeck, "original": OriginalFPN}
 
 
-def _tower(channels, num_layers):
-    """Layers below a head: depthwise 5x5 and pointwise convolutions, as in EfficientDet (Tan et al., arXiv:1911.09070),
-    which see further than SSD's single 3x3 for an eighth of another one's arithmetic."""
-    layers = []
-    for _ in range(num_layers):
-        depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False)
-        layers += [depthwise, _norm_conv(channels, channels, 1), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
 def priors_of(config):
     """The priors (P, 4) of a network of this configuration, without its weights."""
     with torch.device("meta"):
@@ -252,11 +239,8 @@ class FPNSSD(nn.Module):
         self.config = config
         self.trunk, pixel_mean, pixel_std = build_trunk(config.trunk, trunk_weights)
         self.fpn = NECKS[config.neck](self.trunk.feature_info.channels(), config.fpn_channels)
-        self.box_tower, self.class_tower = (_tower(config.fpn_channels, config.head_layers) for _ in range(2))
         box_heads, class_heads = [], []
-        # A shared pair serves the level with most priors a cell; others have the first of its shapes.
-        counts = (max(config.priors_per_cell),) if config.shared_heads else config.priors_per_cell
-        for count in counts:
+        for count in config.priors_per_cell:
             box_heads.append(nn.Conv2d(config.fpn_channels, count * 4, 3, padding=1))
             class_heads.append(nn.Conv2d(config.fpn_channels, count * (len(config.classes) + 1), 3, padding=1))
         self.box_heads, self.class_heads = nn.ModuleList(box_heads), nn.ModuleList(class_heads)
@@ -298,19 +282,13 @@ class FPNSSD(nn.Module):
         x = (images.float() - self.pixel_mean) / self.pixel_std
         levels = self.fpn(self.trunk(x))
         offsets, logits = [], []
-        for number, (level, count) in enumerate(zip(levels, self.config.priors_per_cell, strict=True)):
-            head = 0 if self.config.shared_heads else number
-            box_offsets = self.box_heads[head](self.box_tower(level))
-            class_scores = self.class_heads[head](self.class_tower(level))
-            offsets.append(_by_prior(box_offsets, count, 4))
-            logits.append(_by_prior(class_scores, count, len(self.config.classes) + 1))
+        for level, box_head, class_head in zip(levels, self.box_heads, self.class_heads, strict=True):
+            # (B, A * K, H, W) -> (B, H * W * A, K): the order of the priors
+            box_offsets = box_head(level).permute(0, 2, 3, 1)
+            offsets.append(box_offsets.reshape(images.shape[0], -1, 4))
+            class_scores = class_head(level).permute(0, 2, 3, 1)
+            logits.append(class_scores.reshape(images.shape[0], -1, len(self.config.classes) + 1))
         return torch.cat(offsets, dim=1).float(), torch.cat(logits, dim=1).float()
-
-
-def _by_prior(maps, count, values):
-    """(B, A * K, H, W) of A shapes and K values -> (B, H * W * count, K), the order of the priors; the first shapes."""
-    maps = maps[:, : count * values].permute(0, 2, 3, 1)
-    return maps.reshape(maps.shape[0], -1, values)
 
 
 def _forward_on_meta(module, inputs):

@@ -156,7 +156,7 @@ def load_weights(model, other):
         source = given.get(name)
         if source is not None and source.shape == tensor.shape and not name.startswith("class_heads."):
             tensor.copy_(source)
-        elif source is not None and name.startswith("class_heads.") and _same_priors(tensor, source, model, other):
+        elif source is not None and name.startswith("class_heads.") and _same_priors(name, model, other):
             _copy_classes(tensor, source, rows)
         else:
             left_out.append(name)
@@ -168,9 +168,10 @@ def load_weights(model, other):
     return said + (f"; classes no longer asked for: {', '.join(dropped)}" if dropped else "")
 
 
-def _same_priors(tensor, source, model, other):
-    counts = (len(given) // (len(one.config.classes) + 1) for given, one in ((tensor, model), (source, other)))
-    return len(set(counts)) == 1 and tensor.shape[1:] == source.shape[1:]
+def _same_priors(name, model, other):
+    level = int(name.split(".")[1])
+    same = model.config.priors_per_cell[level] == other.config.priors_per_cell[level]
+    return same and model.config.fpn_channels == other.config.fpn_channels
 
 
 def _copy_classes(tensor, source, rows):

@@ -31,10 +31,7 @@ class TrainConfig:
     image_size: int = 300
     neck: str = "fpn"  # or ssd: without the way down
     fpn_channels: int = 256
-    head_layers: int = 0  # of the towers below the heads
-    shared_heads: bool = False  # one pair for all levels
     scales: tuple = ModelConfig.scales  # of the priors, a level each
-    aspect_ratios: tuple = ModelConfig.aspect_ratios  # of the priors besides the squares, a tuple a level
     frozen_stages: int = 1  # trunk stages that do not train: -1 none, 0 the stem, k the stem and k stages
     batch_norm: str = "frozen"  # the trunk's keeps its ImageNet statistics and factors; or train; or sync: over GPUs
 

@@ -28,8 +28,8 @@ FREE = {
     "batch_size", "weights",
 }  # fmt: skip
 FIXED = {
-    "trunk", "image_size", "neck", "fpn_channels", "head_layers", "shared_heads", "optimizer", "nominal_batch", "data",
-    "train_split", "seed", "frozen_stages", "batch_norm", "class_balance",
+    "trunk", "image_size", "neck", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split",
+    "seed", "frozen_stages", "batch_norm", "class_balance",
 }  # fmt: skip
 
 

@@ -154,8 +154,7 @@ class Training:
         # A run that goes on has its weights, and so has one that takes another's: no download is needed.
         other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
         has_trunk = resume or (other is not None and other.config.trunk == config.trunk)
-        names = ("fpn_channels", "head_layers", "shared_heads", "scales", "aspect_ratios", "neck")
-        shape = {name: getattr(config, name) for name in names}
+        shape = {name: getattr(config, name) for name in ("fpn_channels", "scales", "neck")}
         model_config = ModelConfig(classes, config.trunk, config.image_size, **shape)
         model = FPNSSD(model_config, "none" if has_trunk else config.trunk_weights)
         if config.class_loss != "ohem":

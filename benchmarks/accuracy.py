@@ -76,9 +76,6 @@ VARIANTS = {
     "no_way_down": ["neck=ssd"],
     "narrow_fpn": ["fpn_channels=64"],
     "wide_fpn": ["fpn_channels=192"],
-    "tower": ["head_layers=2"],
-    "shared_heads": ["shared_heads=True"],
-    "squares_only": ["aspect_ratios=((), (), (), (), (), (), ())"],
     "lite1": ["trunk=tf_efficientnet_lite1"],
     "lite2": ["trunk=tf_efficientnet_lite2"],
 }

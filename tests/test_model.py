@@ -135,44 +135,6 @@ def test_normalisation_is_inside(small_model):
     assert offsets[0, 5].tolist() == pytest.approx(first[0, 4:8, 0, 1].tolist(), abs=1e-4)  # cell (0, 1), second shape
 
 
-def test_shared_heads_answer_for_every_level():
-    """Each level's answer is the one pair's convolution of that level, cut to the level's shapes."""
-    torch.manual_seed(0)
-    model = FPNSSD(small_config(shared_heads=True)).eval()
-    assert len(model.box_heads) == len(model.class_heads) == 1
-    with torch.no_grad():
-        image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-        offsets, logits = model(image)
-        levels = model.fpn(model.trunk((image.float() - model.pixel_mean) / model.pixel_std))
-        begin = 0
-        for level, (count, per_cell) in zip(levels, model.level_counts, strict=True):
-            assert offsets[:, begin : begin + count].shape[1] == count
-            last_row, last_column = level.shape[2] - 1, level.shape[3] - 1
-            for head, answer in ((model.box_heads[0], offsets), (model.class_heads[0], logits)):
-                values = answer.shape[2]
-                wanted = head(level)[0, : per_cell * values, last_row, last_column].view(per_cell, values)
-                assert torch.allclose(answer[0, begin + count - per_cell : begin + count], wanted, atol=1e-4)
-            begin += count
-    assert begin == len(model.priors)
-
-
-def test_towers_are_shared_by_all_levels(small_model):
-    torch.manual_seed(0)
-    model = FPNSSD(small_config(head_layers=2)).eval()
-    count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small_model.parameters())
-    assert count == 2 * 2 * (25 * 32 + 32 * 32 + 2 * 32)  # 5x5 a channel, 1x1 over 32 channels, factors of the norm
-    with torch.no_grad():
-        image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-        before = model(image)
-        model.box_tower[-2][1].bias += 1  # the last norm's
-        after = model(image)
-    assert torch.equal(before[1], after[1])
-    begin = 0
-    for count, _ in model.level_counts:
-        assert not torch.equal(before[0][:, begin : begin + count], after[0][:, begin : begin + count])
-        begin += count
-
-
 def test_wrong_image_shape_is_named(small_model):
     with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\), not \(1, 3, 60, 64\)"):
         small_model(torch.zeros(1, 3, 60, 64))
