@@ -160,6 +160,15 @@ def _norm_conv(in_channels, channels, kernel, stride=1):
     return nn.Sequential(conv, nn.GroupNorm(groups, channels))
 
 
+def _more_than_a_cell(level):
+    """The map, a single cell with zeros beside it: to a padded convolution of stride 2 that is the same.
+
+    Of a single cell (small images have several such levels) torch's bf16 gradient of the weights is memory that nobody
+    wrote, on CPUs with AVX512-BF16 (oneDNN in torch 2.14.1).
+    """
+    return F.pad(level, (0, 1, 0, 1)) if level.shape[-2:] == (1, 1) else level
+
+
 class FPN(nn.Module):
     """C3, C4, C5 -> P3..P9: lateral and top-down for three levels, strided convolutions for four more."""
 
@@ -174,7 +183,7 @@ class FPN(nn.Module):
         self.top_down(maps)
         levels = [F.relu(smooth(level)) for smooth, level in zip(self.smooths, maps, strict=True)]
         for extra in self.extras:
-            levels.append(F.relu(extra(levels[-1])))
+            levels.append(F.relu(extra(_more_than_a_cell(levels[-1]))))
         return levels  # 7 x (B, channels, side, side)
 
     def top_down(self, maps):
@@ -215,7 +224,7 @@ class OriginalFPN(nn.Module):
         p3 = p3 / p3.norm(dim=1, keepdim=True) * self.lengths
         coarser = [self.extras[0](c5)]
         for extra, norm in zip(self.extras[1:], self.norms, strict=True):
-            coarser.append(extra(F.relu(norm(coarser[-1]))))
+            coarser.append(extra(_more_than_a_cell(F.relu(norm(coarser[-1])))))
         return [p3, p4, p5, *coarser]
 
 
