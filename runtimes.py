@@ -17,6 +17,7 @@ from utils import InputError, hash_file
 
 CONFIG_KEY, SOURCE_KEY = "fpn_ssd", "fpn_ssd_source"  # of the files' own metadata
 SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # the faster one first
+OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # our names -> OpenVINO's
 
 
 def need(*packages):
@@ -66,23 +67,30 @@ def _export(checkpoint, path, kind):
     return load_exported(path)
 
 
-def load_exported(path, device="auto"):
-    """A Detector of a file that export.py wrote; runs on the CPU, as precisely as its runtime finds fast."""
+def load_exported(path, device="auto", precision="auto"):
+    """A Detector of a file that export.py wrote; runs on the CPU.
+
+    precision: auto is what its runtime finds fast: OpenVINO takes bf16 on processors with instructions for it. ONNX
+    Runtime knows fp32 alone.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}: python export.py makes one of a checkpoint")
     if device not in ("auto", "cpu"):
         raise InputError(f"exported files run on the CPU here, not on {device!r}")
-    forward, texts, runtime = (_load_onnx if path.suffix.lower() == ".onnx" else _load_openvino)(path)
+    load, runtime = (_load_onnx, "onnx") if path.suffix.lower() == ".onnx" else (_load_openvino, "openvino")
+    forward, texts, precision = load(path, precision)
     try:
         config = ModelConfig(**json.loads(texts.get(CONFIG_KEY, "")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} carries no configuration of ours ({error}): was it made by export.py?") from error
-    about = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": "auto"}
+    about = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": precision}
     return Detector(forward, config, priors_of(config), about | {"exported_from": texts.get(SOURCE_KEY)})
 
 
-def _load_onnx(path):
+def _load_onnx(path, precision):
+    if precision not in ("auto", "fp32"):
+        raise InputError(f"{path} runs in fp32, not in {precision}: its OpenVINO file and its checkpoint can")
     need("onnxruntime")
     import onnxruntime
 
@@ -98,16 +106,21 @@ def _load_onnx(path):
             torch.from_numpy(array) for array in session.run(["offsets", "logits"], {"images": squares.numpy()})
         )
 
-    return forward, session.get_modelmeta().custom_metadata_map, "onnx"
+    return forward, session.get_modelmeta().custom_metadata_map, "fp32"
 
 
-def _load_openvino(path):
+def _load_openvino(path, precision):
+    if precision not in ("auto", *OPENVINO_PRECISIONS):
+        raise InputError(f"precision {precision!r} is none of auto, {', '.join(OPENVINO_PRECISIONS)}")
     need("openvino")
     import openvino
 
+    hints = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision != "auto":
+        hints["INFERENCE_PRECISION_HINT"] = OPENVINO_PRECISIONS[precision]
     try:
         network = openvino.Core().read_model(path)
-        compiled = openvino.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        compiled = openvino.compile_model(network, "CPU", hints)
     except RuntimeError as error:
         raise InputError(f"{path} is no OpenVINO file that can be read: {str(error)[:200]}") from error
 
@@ -117,4 +130,6 @@ def _load_openvino(path):
         return tuple(torch.from_numpy(np.array(answer[k])) for k in range(2))
 
     keys = [key for key in (CONFIG_KEY, SOURCE_KEY) if network.has_rt_info(key)]
-    return forward, {key: network.get_rt_info(key).astype(str) for key in keys}, "openvino"
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    name = next((ours for ours, theirs in OPENVINO_PRECISIONS.items() if theirs == taken), taken)
+    return forward, {key: network.get_rt_info(key).astype(str) for key in keys}, name

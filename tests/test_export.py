@@ -21,7 +21,7 @@ from detector import WORTH_CONVERTING, load_detector
 from eval import main as eval_main
 from export import add_decoding, compare, export_onnx, export_openvino, main
 from model import FPNSSD, ModelConfig, load_checkpoint, postprocess, priors_of, save_checkpoint
-from runtimes import load_exported
+from runtimes import exported_path, load_exported
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def noise(count, seed=0):
 
 @pytest.mark.parametrize("name", ["small.onnx", "small.xml"])
 def test_exports_answer_like_the_original(folder, name):
-    original, exported = load_detector(folder / "small.pth.tar", runtime="torch"), load_detector(folder / name)
+    original = load_detector(folder / "small.pth.tar", runtime="torch", precision="fp32")
+    exported = load_detector(folder / name, precision="fp32")
+    assert exported.about["precision"] == "fp32"
     assert exported.config == original.config
     assert torch.equal(exported.priors, original.priors)
     for count in (1, 2, 5):
@@ -95,10 +97,13 @@ def test_eval_and_detect_take_them(folder, drawn, tmp_path, capsys, name):
         "--no-pictures",
         "--min-score",
         "0.1",
+        "--precision",
+        "fp32",
     ]
     detect_main([str(photograph), *arguments])
     found = json.loads((tmp_path / "d").read_text())["objects"]
-    wanted = load_detector(folder / "small.pth.tar", runtime="torch").predict(photograph, min_score=0.1)
+    original = load_detector(folder / "small.pth.tar", runtime="torch", precision="fp32")
+    wanted = original.predict(photograph, min_score=0.1)
     assert [one["name"] for one in found] == wanted.names
     np.testing.assert_allclose([one["box"] for one in found], wanted.boxes.numpy(), atol=0.1)
 
@@ -136,10 +141,10 @@ def test_many_pictures_are_worth_a_conversion(lonely, capsys):
     assert load_detector(lonely, pictures=WORTH_CONVERTING).about["runtime"] == "torch"
     assert load_detector(lonely, pictures=WORTH_CONVERTING + 1).about["runtime"] == "openvino"
     assert "converting" in capsys.readouterr().err
-    detector = load_detector(lonely)  # from now on it is there
-    assert detector.about["runtime"] == "openvino"
+    assert load_detector(lonely).about["runtime"] == "openvino"  # from now on it is there
     assert "converting" not in capsys.readouterr().err
-    expected = load_detector(lonely, runtime="torch").forward(noise(2))
+    detector = load_detector(exported_path(lonely, "openvino"), precision="fp32")
+    expected = load_detector(lonely, runtime="torch", precision="fp32").forward(noise(2))
     torch.testing.assert_close(detector.forward(noise(2))[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
@@ -188,6 +193,10 @@ def test_bad_files_are_named(folder, tmp_path):
             load_exported(tmp_path / f"none{suffix}")
     with pytest.raises(ValueError, match="run on the CPU here"):
         load_exported(folder / "small.onnx", "cuda")
+    with pytest.raises(ValueError, match=r"small\.onnx runs in fp32, not in bf16"):
+        load_exported(folder / "small.onnx", precision="bf16")
+    with pytest.raises(ValueError, match="precision 'fp8' is none of auto, fp32, bf16, fp16"):
+        load_exported(folder / "small.xml", precision="fp8")
     with pytest.raises(ValueError, match=r"for the runtime openvino, not onnx"):
         load_detector(folder / "small.xml", runtime="onnx")
     plain = onnx.load(folder / "small.onnx")
