@@ -47,8 +47,8 @@ from utils import InputError, explain, hash_file, set_fields, written_whole
 
 # What the lite preset took from this table since: variants start without it.
 TAKEN_BACK = [
-    "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem", "augment.copy_paste=0.0",
-    "augment.close_epochs=10",
+    "trunk=tf_efficientnet_lite0", "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem",
+    "augment.copy_paste=0.0", "augment.close_epochs=10",
 ]  # fmt: skip
 VARIANTS = {
     "base": [],
