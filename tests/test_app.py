@@ -194,7 +194,7 @@ def test_page_from_upload_to_download(server, page, photograph, tmp_path):
     # The slider, by keyboard: fewer boxes, those that the endpoint gives at that score.
     slider = page.query_selector("#min_score input[type=range]")
     slider.focus()
-    while float(slider.input_value()) < 0.4:
+    while float(slider.input_value()) < 0.6:
         slider.press("ArrowRight")
     page.wait_for_function(f"parseInt(document.querySelector('#count').textContent) < {len(before)}")
     page.wait_for_timeout(500)
