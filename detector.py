@@ -160,8 +160,8 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
 
     runtime: torch, or onnx or openvino, for which a checkpoint is converted once; auto, where a checkpoint is to run on
     a CPU, takes a converted file that lies beside it, makes one if more than WORTH_CONVERTING `pictures` are to come
-    and requirements-deploy.txt is installed, and is torch otherwise. precision: auto, fp32, bf16 or fp16, of torch and
-    of a file by name. An FPNSSD stays where it is unless a device is named.
+    and requirements-deploy.txt is installed, and is torch otherwise. precision: auto, fp32, bf16 or fp16, of torch
+    and of an exported file. An FPNSSD stays where it is unless a device is named.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
