@@ -7,9 +7,10 @@
     python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
 
 `screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
-read by `confirm`, once a run, after the last epoch. Every run is kept below runs/accuracy_STAGE_VARIANT and resumed
-if it was stopped; a finished one becomes a row of benchmarks/accuracy.csv and is not run again. Differences whose
-interval holds 0 are called noise; intervals are of the photographs alone, and another seed moves AP50 as well.
+read by `confirm`, once a run, after the last epoch. Every run is kept in runs/accuracy_STAGE_VARIANT_SEED_EPOCHS_HASH
+and resumed if it was stopped; a finished one becomes a row of the results and is not run again: `--results mine.csv`
+starts from none. Differences whose interval holds 0 are called noise; intervals are of the photographs alone, and
+another seed moves AP50 as well. A revision with a plus had changes that were not committed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -43,7 +45,7 @@ from metrics import compute_metrics, rank
 from recipe import TrainConfig, lite
 from run import as_builtins, newest_checkpoint
 from train import load_lists, train
-from utils import InputError, explain, hash_file, set_fields, written_whole
+from utils import InputError, explain, hash_file, pick_device, pick_precision, set_fields, written_whole
 
 # What the lite preset took from this table since: variants start without it.
 TAKEN_BACK = [
@@ -81,7 +83,7 @@ VARIANTS = {
 }
 EPOCHS = {"screen": 12, "confirm": 24}
 SCREENING_IMAGES = 200
-RESULTS = Path("benchmarks/accuracy.csv")
+RESULTS = "benchmarks/accuracy.csv"
 SCORES = (
     "voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50", "coco_ap75", "coco_ap_small", "coco_ap_medium",
     "coco_ap_large",
@@ -100,6 +102,7 @@ def main(argv=None):
     parser.add_argument("--data", default="data/vocreal", help="folder of the data lists train and val")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=f"instead of {RESULTS}")
     parser.add_argument("--against", default="base", help="of table: the variant that others are compared with")
     args = parser.parse_args(argv)
     try:
@@ -110,7 +113,7 @@ def main(argv=None):
         folder = lists_of(args.what, Path(args.data))
         for seed in args.seeds:
             for name in args.names:
-                run_variant(args.what, name, seed, folder, args.epochs or EPOCHS[args.what])
+                run_variant(args.what, name, seed, folder, args.epochs or EPOCHS[args.what], args.results)
     except (InputError, OSError) as error:
         sys.exit(f"accuracy: {explain(error)}")
 
@@ -165,22 +168,22 @@ def check_apart(splits, data):
 # One run
 
 
-def run_variant(stage, name, seed, folder, epochs):
+def run_variant(stage, name, seed, folder, epochs, results):
     """Trains a variant, or what is left of it, scores its last epoch and adds the row, unless it is there."""
     if name not in PEERS and not set(name.split("+")) <= set(VARIANTS):
         raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
     config = variant_config(name, stage, seed, folder, epochs)
     digest = config_hash(config, name)
     asked = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
-    if any(answers(row, asked) and row["config_hash"] == digest for row in read_results()):
-        print(f"{config.name} is in {RESULTS} already")
+    if any(answers(row, asked) and row["config_hash"] == digest for row in read_results(results)):
+        print(f"{config.name} is in {results} already; --results FILE keeps others")
         return
     config = replace(config, name=f"{config.name}_{digest}")  # what was another recipe is not gone on with
     run_folder = Path("runs") / config.name
     begun = run_folder / "revision"
     if not begun.is_file():
         run_folder.mkdir(parents=True, exist_ok=True)
-        begun.write_text(revision())
+        begun.write_text(revision(results))
     train_list, val_list = load_lists(config)
     if name in PEERS:
         predict_fn, minutes = train_peer(name, config, train_list, run_folder)
@@ -192,14 +195,14 @@ def run_variant(stage, name, seed, folder, epochs):
     limits = intervals.intervals(val_list, intervals.match(val_list, rank(val_list, found)))
     row = {
         "run": config.name, **asked, "images": len(train_list), "git": begun.read_text(), "config_hash": digest,
-        "hardware": hardware(),
-        "minutes": round(minutes, 1),
+        "hardware": hardware(), "minutes": round(minutes, 1), "date": str(date.today()), "torch": torch.__version__,
+        "precision": "fp32" if name in PEERS else pick_precision(config.precision, pick_device(config.device)),
     }  # fmt: skip
     for score in SCORES:
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
         if limits.get(score):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
-    add_row(row, asked)
+    add_row(results, row, asked)
     print(", ".join(f"{key} {value}" for key, value in row.items()))
 
 
@@ -243,35 +246,37 @@ def config_hash(config, variant):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def revision():
+def revision(results):
     def git(*words):
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{results}")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def hardware():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    cpu_info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpu_info.read_text()) if cpu_info.is_file() else None
+    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
 
 
-def read_results():
-    if not RESULTS.is_file():
+def read_results(results):
+    if not results.is_file():
         return []
-    with open(RESULTS, newline="", encoding="utf-8") as file:
+    with open(results, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def add_row(row, asked):
+def add_row(results, row, asked):
     """Adds a row to the results, in place of what the variant gave before it changed; several processes may do so."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    folder = os.open(RESULTS.parent, os.O_RDONLY)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(results.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of the folder, as the file itself is replaced
-        rows = [*(one for one in read_results() if not answers(one, asked)), row]
-        with written_whole(RESULTS) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        rows = [*(one for one in read_results(results) if not answers(one, asked)), row]
+        with written_whole(results) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
             writer.writerows(rows)
@@ -286,7 +291,7 @@ def add_row(row, asked):
 def print_table(stage, args):
     """A line a variant and number of epochs: means over its seeds, and what it has over the one it is held against."""
     groups = {}
-    for row in read_results():
+    for row in read_results(args.results):
         if row["stage"] == stage:
             groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
     print(f"\n{stage}: means over seeds, 95 % intervals; differences to {args.against} paired by seed and image")

@@ -1,9 +1,10 @@
 """torchvision's SSD, RetinaNet and FCOS on our trunk, for accuracy.py: their heads, losses, matching and augmentation.
 
 What they share with ours: trunk and its weights, what of it is frozen, the number of images seen, optimizer, rates,
-schedule, averaged weights, 300 pixels, evaluation. FPNs are as wide as ours. RetinaNet is torchvision's second version.
-What is made for 800 pixels or for a trunk of another kind is fitted to 300 and to ours, so that nothing handicaps them:
-sizes of anchors, where they lie in a cell, and the scale of the maps that SSD's heads look at.
+schedule, averaged weights, 300 pixels, decoding, evaluation. FPNs are as wide as ours. RetinaNet is torchvision's
+second version. What is made for 800 pixels or for a trunk of another kind is fitted to 300 and to ours, so that nothing
+handicaps them: sizes of anchors, where they lie in a cell, and norms between the trunk's maps and what reads them.
+Rates are those that suit our heads; nobody has looked for better ones for theirs.
 """
 
 import time
@@ -28,7 +29,7 @@ from trunk import build_trunk
 from utils import written_whole
 
 SIDE = 300
-DECODING = {"score_thresh": 0.01, "detections_per_img": 200}  # the rest as they come
+DECODING = {"score_thresh": 0.01, "nms_thresh": 0.45, "detections_per_img": 200}  # eval.py's
 
 
 def train_peer(name, config, train_list, folder):
@@ -179,13 +180,17 @@ class SSDMaps(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """torchvision's FPN over C3, C4, C5, with P6 and P7."""
+    """torchvision's FPN over C3, C4, C5, with P6 of P5 (or of C5) and P7.
 
-    def __init__(self, trunk, out_channels):
+    It normalises, as ours: the trunk's maps differ in scale, and in the sum the finest would drown the others.
+    """
+
+    def __init__(self, trunk, out_channels, p6_of_c5):
         super().__init__()
         self.trunk, self.out_channels = trunk, out_channels
-        last = LastLevelP6P7(out_channels, out_channels)
-        self.fpn = FeaturePyramidNetwork(trunk.feature_info.channels(), out_channels, extra_blocks=last)
+        channels = trunk.feature_info.channels()
+        last = LastLevelP6P7(channels[-1] if p6_of_c5 else out_channels, out_channels)
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, last, norm_layer=partial(nn.GroupNorm, 32))
 
     def forward(self, images):
         return self.fpn(OrderedDict((str(number), one) for number, one in enumerate(self.trunk(images))))
@@ -221,10 +226,8 @@ def make_retinanet(num_classes, config):
     head = RetinaNetHead(config.fpn_channels, anchors.num_anchors_per_location()[0], num_classes + 1, norm)
     head.regression_head._loss_type = "giou"
     size = {"min_size": SIDE, "max_size": SIDE}
-    return RetinaNet(
-        Pyramid(trunk, config.fpn_channels), num_classes + 1, anchor_generator=anchors, head=head, **size, **of_images,
-        **DECODING,
-    )  # fmt: skip
+    pyramid = Pyramid(trunk, config.fpn_channels, p6_of_c5=True)
+    return RetinaNet(pyramid, num_classes + 1, anchor_generator=anchors, head=head, **size, **of_images, **DECODING)
 
 
 def make_fcos(num_classes, config):
@@ -233,10 +236,10 @@ def make_fcos(num_classes, config):
     # in these sizes too: 1.5 cells, as by default.
     anchors = CentredAnchors(tuple((x,) for x in (4, 8, 16, 32, 64)), ((1.0,),) * 5)
     size = {"min_size": SIDE, "max_size": SIDE}
+    pyramid = Pyramid(trunk, config.fpn_channels, p6_of_c5=False)
     return FCOS(
-        Pyramid(trunk, config.fpn_channels), num_classes + 1, anchor_generator=anchors, center_sampling_radius=3.0,
-        **size, **of_images, **DECODING,
-    )  # fmt: skip
+        pyramid, num_classes + 1, anchor_generator=anchors, center_sampling_radius=3.0, **size, **of_images, **DECODING
+    )
 
 
 PEERS = {"torchvision_ssd": make_ssd, "torchvision_retinanet": make_retinanet, "torchvision_fcos": make_fcos}

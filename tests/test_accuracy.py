@@ -75,21 +75,21 @@ def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, 
         scores = {score: "" if score == "coco_ap_small" else 40.0 + len(boxes) for score in accuracy.SCORES}
         limits = {f"{score}_{end}": 30 for score in ("voc2007_ap50", "coco_ap") for end in ("low", "high")}
         asked = {"stage": "confirm", "variant": name, "seed": "0", "epochs": "12"}
-        accuracy.add_row({"run": name, "minutes": 1} | asked | scores | limits, asked)
-    accuracy.main(["table", "confirm", "--data", "lists"])
+        accuracy.add_row(Path("results.csv"), {"run": name, "minutes": 1} | asked | scores | limits, asked)
+    accuracy.main(["table", "confirm", "--data", "lists", "--results", "results.csv"])
     lines = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
     assert "40.0 (30.0 .. 30.0) | 40.0 (30.0 .. 30.0) | - / 40.0 / 40.0 | 1.0 |" in lines["base"]
     assert "+100.0 (+100.0 .. +100.0): better" in lines["good"]
     assert "+0.0 (+0.0 .. +0.0): noise, with one seed" in lines["same"]
 
 
-def test_rows_of_many_writers_are_all_kept(accuracy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_rows_of_many_writers_are_all_kept(accuracy, tmp_path):
+    results = tmp_path / "new" / "results.csv"
     asked = [{"variant": f"v{k}", "seed": str(seed)} for k in range(8) for seed in range(5)]
     with ThreadPoolExecutor(8) as pool:  # each opens the folder itself, as processes would
-        list(pool.map(lambda one: accuracy.add_row(one | {"score": "1"}, one), asked))
-    accuracy.add_row(asked[3] | {"score": "2"}, asked[3])
-    rows = accuracy.read_results()
+        list(pool.map(lambda one: accuracy.add_row(results, one | {"score": "1"}, one), asked))
+    accuracy.add_row(results, asked[3] | {"score": "2"}, asked[3])
+    rows = accuracy.read_results(results)
     assert sorted((row["variant"], row["seed"]) for row in rows) == [tuple(one.values()) for one in asked]
     assert [row["score"] for row in rows].count("2") == 1
 
@@ -104,4 +104,4 @@ def test_every_variant_is_a_recipe(accuracy):
     both = accuracy.variant_config("copy_paste+giou", "screen", 0, "data", 12)
     assert (both.augment.copy_paste, both.box_loss) == (0.5, "giou")
     with pytest.raises(ValueError, match="no variant 'giou\\+none'"):
-        accuracy.run_variant("screen", "giou+none", 0, "data", 12)
+        accuracy.run_variant("screen", "giou+none", 0, "data", 12, Path("results.csv"))
