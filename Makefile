@@ -37,19 +37,19 @@ demo: .venv/installed-demo
 	@echo "detected_img/val_0000*.jpg for what the one just trained found, runs/demo/metrics.json for its numbers,"
 	@echo "runs/demo/log.csv for the training. Next: README.md, 'Your own data in five lines'."
 
-# Stopped, the same command goes on where it was.
+# Stopped, the same command goes on where it was. The table is of the last epoch: the best one was chosen on the same list.
 train = $(if $(filter 1,$(GPUS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(GPUS)) train.py --preset $(1) \
 	$(if $(wildcard runs/$(1)/config.json),--resume)
 
 voc2012: .venv/installed
 	$(BIN)/python create_data_lists.py --download voc2012 --splits train val --out data/voc2012
 	$(call train,voc2012)
-	$(BIN)/python eval.py runs/voc2012/best.pth.tar --data data/voc2012 --report runs/voc2012/report.html
+	$(BIN)/python eval.py runs/voc2012/last.pth.tar --data data/voc2012 --report runs/voc2012/report.html
 
 voc0712: .venv/installed
 	$(BIN)/python create_data_lists.py --download voc2007 voc2012 --splits trainval test --out data/voc0712
 	$(call train,voc0712)
-	$(BIN)/python eval.py runs/voc0712/best.pth.tar --data data/voc0712 --split test --report runs/voc0712/report.html
+	$(BIN)/python eval.py runs/voc0712/last.pth.tar --data data/voc0712 --split test --report runs/voc0712/report.html
 
 # A test file a process, and each process one thread: most of the time goes into building networks and starting scripts.
 pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile

@@ -1,6 +1,6 @@
 """The feature pyramid: C3, C4, C5 of a trunk -> P3..P9, seven maps of one depth that the heads look at.
 
-    levels = FPN(in_channels=(24, 48, 352), channels=128)([c3, c4, c5])  # 7 x (B, 128, side, side)
+    levels = FPN(in_channels=(512, 1024, 2048), channels=256)([c3, c4, c5])  # 7 x (B, 256, side, side)
 
 FPN: Lin et al., arXiv:1612.03144.
 """
@@ -51,7 +51,7 @@ class FPN(nn.Module):
 
 
 class SSDNeck(FPN):
-    """The same layers without the way down, to see what that is worth: finer levels know nothing of coarser ones."""
+    """The same layers without the top-down path, to see what it is worth: finer levels know nothing of coarser ones."""
 
     def top_down(self, maps):
         pass

@@ -43,7 +43,7 @@ class ModelConfig:
     scales: tuple = (0.1, 0.2, 0.34, 0.48, 0.62, 0.76, 0.9)
     # Besides the two squares; each ratio r stands for r and 1/r.
     aspect_ratios: tuple = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,), (2,))
-    neck: str = "fpn"  # or ssd: without the way down; or original: of the project that this one descends from
+    neck: str = "fpn"  # or ssd: without the top-down path; or original: of the project that this one descends from
     single_ratios: bool = False  # each ratio stands for itself alone
     clamp_priors: bool = False  # as cxcywh to 0..1
     last_square: float = 0.0  # side of the last level's larger square; 0 is the root of its scale

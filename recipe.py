@@ -29,7 +29,7 @@ class TrainConfig:
     trunk_weights: str = "imagenet"  # or none, or a file
     weights: str = ""  # a checkpoint to start from, of any classes: what fits is taken
     image_size: int = 300
-    neck: str = "fpn"  # or ssd: without the way down
+    neck: str = "fpn"  # or ssd: without the top-down path
     fpn_channels: int = 256
     scales: tuple = ModelConfig.scales  # of the priors, a level each
     frozen_stages: int = 1  # trunk stages that do not train: -1 none, 0 the stem, k the stem and k stages

@@ -11,7 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from fpn import FPN, NECKS
 
 
-def test_the_way_down_is_torchvisions():
+def test_the_top_down_path_is_torchvisions():
     """P3, P4, P5 are those of torchvision's FPN with the same layers, here with sides that halve unevenly."""
     torch.manual_seed(0)
     ours = FPN([4, 6, 8], 32)
@@ -28,7 +28,7 @@ def test_the_way_down_is_torchvisions():
 
 @pytest.mark.parametrize(("neck", "reaches"), [("fpn", True), ("ssd", False)])
 def test_only_the_pyramid_tells_fine_levels_of_coarse_maps(neck, reaches):
-    """A change of C5 reaches P3 through the way down alone."""
+    """A change of C5 reaches P3 through the top-down path alone."""
     torch.manual_seed(0)
     features = [torch.randn(1, c, side, side) for c, side in ((4, 12), (6, 6), (8, 3))]
     others = [*features[:2], features[2] + 1]
