@@ -41,6 +41,12 @@ def drawn(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")  # a loader's worker that outlives its test would hold the browser's pipes open
 def browser():
     """Debian's Chromium without a window. Where it is missing the test skips; in CI it fails."""

@@ -2,27 +2,20 @@
 
 import hashlib
 import http.server
-import json
 import re
 import tarfile
 import threading
-from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
-import yaml
+from made_lists import listed, problems
 from PIL import Image
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from annotations import VOC_CLASSES, read_voc
-from augment import AugmentConfig
 from create_data_lists import create_data_lists, main
 from data_list import DataList
-from datasets import DetectionDataset
 from images import DataError
-from train import main as train_main
 
 
 def add_image(voc, name, objects, size=(100, 80), said=None, split="train"):
@@ -44,19 +37,6 @@ def add_image(voc, name, objects, size=(100, 80), said=None, split="train"):
 
 def list_voc(voc, splits, out, **options):
     return create_data_lists([read_voc([voc], split) for split in splits], out, **options)
-
-
-def problems(out):
-    """{kind: places} of check.json."""
-    found = {}
-    for row in json.loads((out / "check.json").read_text())["problems"]:
-        assert row["count"] == len(row["where"])
-        found.setdefault(row["kind"], []).extend(row["where"])
-    return found
-
-
-def listed(out, split="train"):
-    return json.loads((out / f"{split}.json").read_text())
 
 
 def test_voc_boxes_become_continuous(tmp_path):
@@ -256,256 +236,6 @@ def test_unlabelled_images_can_be_listed(tmp_path):
     content = listed(tmp_path / "out", "test")
     assert (len(content["images"]), content["annotations"]) == (1, [])
     assert tuple(category["name"] for category in content["categories"]) == VOC_CLASSES
-
-
-def voc_to_coco(voc, split, path):
-    """Another way to COCO JSON, by ElementTree: ids that are not 1, 2, 3, boxes as x, y, width, height."""
-    ids = {name: 10 * n + 7 for n, name in enumerate(("Platelets", "RBC", "WBC"))}
-    content = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for n, i in ids.items()]}
-    for number, line in enumerate((voc / "ImageSets" / "Main" / f"{split}.txt").read_text().split()):
-        root = ElementTree.parse(voc / "Annotations" / f"{line}.xml").getroot()
-        size = {tag: int(root.findtext(f"size/{tag}")) for tag in ("width", "height")}
-        content["images"].append({"id": 1000 + number, "file_name": f"{line}.jpg", **size})
-        for element in root.iter("object"):
-            x0, y0, x1, y1 = (int(element.findtext(f"bndbox/{tag}")) for tag in ("xmin", "ymin", "xmax", "ymax"))
-            # The two degenerate boxes have no width, and none here.
-            box = [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
-            entry = {"id": len(content["annotations"]), "image_id": 1000 + number, "bbox": box, "iscrowd": 0}
-            content["annotations"].append({**entry, "category_id": ids[element.findtext("name")]})
-    path.write_text(json.dumps(content))
-
-
-def coco_to_yolo(coco, images, split, root):
-    """COCO JSON -> images/SPLIT (links) and labels/SPLIT below root."""
-    content = json.loads(coco.read_text())
-    index = {category["id"]: n for n, category in enumerate(content["categories"])}
-    for folder in ("images", "labels"):
-        (root / folder / split).mkdir(parents=True)
-    for image in content["images"]:
-        (root / "images" / split / image["file_name"]).symlink_to(images / image["file_name"])
-        lines = []
-        for entry in content["annotations"]:
-            if entry["image_id"] == image["id"]:
-                x, y, width, height = entry["bbox"]
-                centre = ((x + width / 2) / image["width"], (y + height / 2) / image["height"])
-                numbers = (*centre, width / image["width"], height / image["height"])
-                lines.append(f"{index[entry['category_id']]} {' '.join(map(repr, numbers))}\n")
-        (root / "labels" / split / image["file_name"]).with_suffix(".txt").write_text("".join(lines))
-
-
-@pytest.fixture(scope="module")
-def three_forms(bccd, tmp_path_factory):
-    """A folder with voc, coco and yolo: the blood cells' lists, made from each form."""
-    folder = tmp_path_factory.mktemp("bccd")
-    for split in ("train", "val"):
-        voc_to_coco(bccd, split, folder / f"{split}_coco.json")
-        coco_to_yolo(folder / f"{split}_coco.json", bccd / "JPEGImages", split, folder / "y")
-    names = {"names": ["Platelets", "RBC", "WBC"], "train": "images/train", "val": ["images/val"]}
-    (folder / "y" / "data.yaml").write_text(yaml.safe_dump(names))
-    main(["--voc", str(bccd), "--out", str(folder / "voc")])
-    files = [str(folder / f"{split}_coco.json") for split in ("train", "val")]
-    main(["--coco", *files, "--images", str(bccd / "JPEGImages"), "--out", str(folder / "coco")])
-    main(["--yolo", str(folder / "y" / "data.yaml"), "--out", str(folder / "yolo")])
-    return folder
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_three_forms_give_the_same_samples(three_forms, split):
-    lists = {form: DataList.load(three_forms / form / f"{split}.json") for form in ("voc", "coco", "yolo")}
-    assert {data_list.classes for data_list in lists.values()} == {("Platelets", "RBC", "WBC")}
-    order = {}  # YOLO's folder is read in the order of its names
-    for form, data_list in lists.items():
-        order[form] = np.argsort([Path(data_list.file_names[i]).name for i in range(len(data_list))])
-    datasets = {form: DetectionDataset(data_list, 100) for form, data_list in lists.items()}
-    for rows in zip(*(order[form][::7] for form in lists), strict=True):
-        voc, coco, yolo = (datasets[form][int(row)] for form, row in zip(lists, rows, strict=True))
-        for other in (coco, yolo):
-            assert torch.equal(voc["image"], other["image"])
-            assert torch.equal(voc["labels"], other["labels"])
-            torch.testing.assert_close(voc["boxes_unit"], other["boxes_unit"], rtol=0, atol=1e-6)
-    # The same keys give the same augmented samples, where the order is the same.
-    augmented = [DetectionDataset(lists[form], 100, AugmentConfig()) for form in ("voc", "coco")]
-    for index in range(0, len(augmented[0]), 40):
-        assert torch.equal(augmented[0][2, index, 0]["image"], augmented[1][2, index, 0]["image"])
-    counts = [len(data_list.boxes) for data_list in lists.values()]
-    assert counts == [len(lists["voc"].boxes)] * 3
-    assert lists["coco"].category_ids == (7, 17, 27)
-    assert lists["coco"].target(0)["image_id"] == 1000
-
-
-@pytest.mark.parametrize("form", ["voc", "coco", "yolo"])
-def test_three_forms_train(three_forms, form, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = {}
-    for split in ("train", "val"):  # eight images are enough to see a step and an evaluation
-        content = json.loads((three_forms / form / f"{split}.json").read_text())
-        content["images"] = content["images"][:8]
-        ids = {image["id"] for image in content["images"]}
-        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in ids]
-        small[split] = content
-    (tmp_path / "small").mkdir()
-    for split, content in small.items():
-        (tmp_path / "small" / f"{split}.json").write_text(json.dumps(content))
-    metrics = train_main(
-        ["--preset", "lite", "--data", "small", "--name", form, "--epochs", "1", "--batch-size", "4", "--workers", "0"]
-        + ["--trunk-weights", "none", "--device", "cpu", "--set", "image_size=128", "cache=disk"]
-    )
-    assert set(metrics["per_class"]) == {"Platelets", "RBC", "WBC"}
-    assert (tmp_path / "runs" / form / "batch_0.jpg").is_file()
-
-
-def write_coco(path, **changes):
-    content = {
-        "images": [{"id": 5, "file_name": "a.jpg", "width": 100, "height": 80}],
-        "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 1, "bbox": [10, 10, 30, 30], "area": 450.5, "iscrowd": 1},
-            {"id": 2, "image_id": 5, "category_id": 2, "bbox": [20, 20, 90, 30], "area": 77, "iscrowd": 0},
-            {"id": 3, "image_id": 5, "category_id": 4, "bbox": [5, 5, 9, 9], "iscrowd": 0},
-        ],
-        "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}, {"id": 4, "name": "tree"}],
-    }
-    path.write_text(json.dumps({**content, **changes}))
-    Image.new("RGB", (100, 80)).save(path.parent / "a.jpg")
-    return ["--coco", str(path), "--splits", "train", "--out", str(path.parent / "out")]
-
-
-def test_coco_keeps_crowds_areas_and_ids(tmp_path):
-    main(write_coco(tmp_path / "x.json"))
-    content = listed(tmp_path / "out")
-    assert [entry["iscrowd"] for entry in content["annotations"]] == [1, 0, 0]
-    # The second was clipped, so its area is no longer what was said; the third had none.
-    assert [entry["area"] for entry in content["annotations"]] == [450.5, 80 * 30, 81]
-    assert [entry["category_id"] for entry in content["annotations"]] == [1, 2, 4]
-    assert content["images"][0]["id"] == 5
-
-
-def test_classes_are_chosen_and_joined(tmp_path, capsys):
-    (tmp_path / "classes.txt").write_text("tree\nvehicle = car, bus\n")
-    main([*write_coco(tmp_path / "x.json"), "--classes", str(tmp_path / "classes.txt")])
-    content = listed(tmp_path / "out")
-    assert content["categories"] == [{"id": 4, "name": "tree"}, {"id": 1, "name": "vehicle"}]
-    assert [entry["category_id"] for entry in content["annotations"]] == [1, 1, 4]
-    (tmp_path / "classes.txt").write_text("bus\nlorry\n")
-    main([*write_coco(tmp_path / "x.json"), "--classes", str(tmp_path / "classes.txt")])
-    assert [entry["category_id"] for entry in listed(tmp_path / "out")["annotations"]] == [1]
-    assert len(problems(tmp_path / "out")["class that was not chosen"]) == 2
-    assert "lorry, of which the data has no object" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", "dog\ndog\n", "a = x\nb = x\n", "a = \n", "= a\n"])
-def test_bad_class_files_are_refused(tmp_path, text):
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(SystemExit, match=r"classes\.txt must name each class once"):
-        main([*write_coco(tmp_path / "x.json"), "--classes", str(tmp_path / "classes.txt")])
-
-
-@pytest.mark.parametrize(
-    ("entry", "kind"),
-    [
-        ({"image_id": 6, "category_id": 1, "bbox": [1, 1, 5, 5]}, "object of an unknown image"),
-        ({"image_id": 5, "category_id": 3, "bbox": [1, 1, 5, 5]}, "object of an unknown class"),
-        ({"image_id": 5, "category_id": 1, "bbox": []}, "object without a box"),
-        ({"image_id": 5, "category_id": 1}, "object without a box"),
-        ({"image_id": 5, "category_id": 1, "bbox": [1, 1, "5", 5]}, "object without a box"),
-        ({"image_id": 5, "category_id": 1, "bbox": [1, 1, -5, 5]}, "box inverted"),
-        ({"image_id": 5, "category_id": 1, "bbox": [1, 1, 0, 5]}, "box empty"),
-    ],
-)
-def test_coco_annotations_that_are_left_out(tmp_path, entry, kind):
-    good = {"id": 1, "image_id": 5, "category_id": 2, "bbox": [1, 1, 5, 5]}
-    main(write_coco(tmp_path / "x.json", annotations=[good, {"id": 99, **entry}]))
-    (place,) = problems(tmp_path / "out")[kind]
-    assert "annotation 99" in place
-    assert len(listed(tmp_path / "out")["annotations"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"images": []}, "lists no image"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "two categories the same id"),
-        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "two images the id 1"),
-        ({"images": [{"id": 1}]}, "no COCO JSON file .*file_name"),
-    ],
-)
-def test_coco_files_that_are_refused(tmp_path, changes, said):
-    with pytest.raises(SystemExit, match=said):
-        main(write_coco(tmp_path / "x.json", **changes))
-
-
-def test_coco_images_cannot_leave_their_folder(tmp_path):
-    arguments = write_coco(tmp_path / "x.json")
-    content = json.loads((tmp_path / "x.json").read_text())
-    content["images"] += [
-        {"id": 6, "file_name": "../a.jpg", "width": 1, "height": 1},
-        {"id": 7, "file_name": str(tmp_path / "a.jpg"), "width": 1, "height": 1},
-    ]
-    (tmp_path / "x.json").write_text(json.dumps(content))
-    main([*arguments, "--images", str(tmp_path / ".")])
-    assert "image outside the image folder" in problems(tmp_path / "out")
-
-
-def write_yolo(root, labels, names=("dog", "cat")):
-    """labels: {image name: text of its label file, or None}."""
-    for folder in ("images", "labels"):
-        (root / folder).mkdir(parents=True)
-    for name, text in labels.items():
-        colours = np.random.default_rng(list(name.encode())).integers(0, 256, (5, 4, 3), dtype=np.uint8)
-        Image.fromarray(colours).resize((100, 50)).save(root / "images" / f"{name}.jpg")
-        if text is not None:
-            (root / "labels" / f"{name}.txt").write_text(text)
-    (root / "data.yaml").write_text(yaml.safe_dump({"names": list(names), "train": "images"}))
-    return ["--yolo", str(root / "data.yaml"), "--splits", "train", "--out", str(root / "out")]
-
-
-def test_yolo_labels(tmp_path):
-    labels = {
-        "a": "0 0.5 0.5 0.2 0.4\n1 0.25 0.5 0.5 1\n",
-        "background": None,
-        "polygon": "1 0.1 0.1 0.6 0.2 0.3 0.8\n",
-        "strange": "7 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n",
-        "word": "dog 0.5 0.5 0.2 0.2\n",
-        "short": "0 0.5 0.5 0.2\n",
-    }
-    main(write_yolo(tmp_path, labels))
-    content = listed(tmp_path / "out")
-    assert [image["file_name"] for image in content["images"]] == [
-        "images/a.jpg", "images/background.jpg", "images/polygon.jpg", "images/strange.jpg"
-    ]  # fmt: skip
-    boxes = [entry["bbox"] for entry in content["annotations"]]
-    np.testing.assert_allclose(boxes, [[40, 15, 20, 20], [0, 0, 50, 50], [10, 5, 50, 35], [40, 20, 20, 10]], atol=1e-9)
-    found = problems(tmp_path / "out")
-    assert "polygon.txt" in found["polygon instead of a box"][0]
-    assert "7 0.5" in found["object of an unknown class"][0]
-    assert "word.txt" in found["number unreadable"][0]
-    assert "short.txt" in found["annotation incomplete"][0]
-
-
-def test_yolo_lists_of_images_and_named_classes(tmp_path):
-    arguments = write_yolo(tmp_path, {"a": "3 0.5 0.5 0.2 0.4\n", "b": ""})
-    (tmp_path / "train.txt").write_text("./images/b.jpg\nimages/a.jpg\nimages/a.jpg\n")
-    (tmp_path / "data.yaml").write_text("path: .\ntrain: train.txt\nnames:\n  3: dog\n  1: cat\n")
-    main(arguments)
-    assert [image["file_name"] for image in listed(tmp_path / "out")["images"]] == ["images/b.jpg", "images/a.jpg"]
-    assert [category["name"] for category in listed(tmp_path / "out")["categories"]] == ["cat", "dog"]
-    assert "image named twice" in problems(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("names: [a]\n", "no split 'train' in .*data.yaml"),
-        ("names: [a]\ntrain: nowhere\n", "nowhere, which is neither a folder nor a text file"),
-        ("train: images\n", "no data.yaml with `names`"),
-        ("names: [a\n", "no data.yaml with `names`"),
-        ("names: [a]\ntrain: labels\n", "split 'train' is empty"),
-    ],
-)
-def test_yolo_files_that_are_refused(tmp_path, text, said):
-    arguments = write_yolo(tmp_path, {"a": ""})
-    (tmp_path / "data.yaml").write_text(text)
-    with pytest.raises(SystemExit, match=said):
-        main(arguments)
 
 
 class Archive(http.server.BaseHTTPRequestHandler):

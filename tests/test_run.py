@@ -1,0 +1,203 @@
+"""Runs that are stopped, killed and resumed end as if nothing had happened; what cannot be resumed is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_training import TINY, same_end, tiny_config
+
+import train as train_module
+from model import load_checkpoint
+from run import newest_checkpoint
+from train import main, train
+from watch import StopOnSignal
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_resume_without_a_run_says_so(drawn, in_tmp):
+    with pytest.raises(SystemExit, match="no checkpoint 'runs/tiny/last"):
+        main(["--resume", "--set", *TINY, f"data={drawn}", "name=tiny", "epochs=2"])
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "number"),
+    [
+        (3, signal.SIGTERM),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(4, signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
+def test_stopped_and_resumed_is_straight_through(drawn, in_tmp, monkeypatch, stop_after, number):
+    straight = tiny_config(drawn, name="straight", batch_norm="train")
+    train(straight)
+    train_step = train_module.Training.train_step
+
+    def interrupted(self, *arguments):
+        if self.run.step + 1 == stop_after:
+            os.kill(os.getpid(), number)
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(train_module.Training, "train_step", interrupted)
+    config = replace(straight, name="stopped")
+    train(config)
+    assert load_checkpoint("runs/stopped/last.pth.tar")["step"] == stop_after
+    monkeypatch.setattr(train_module.Training, "train_step", train_step)
+    train(config, resume=True)
+    same_end("straight", "stopped")
+    assert load_checkpoint("runs/stopped/best.pth.tar")["step"] == load_checkpoint("runs/straight/best.pth.tar")["step"]
+
+
+def start(folder, arguments, checkpoint=None):
+    """Starts train.py as a user would, on one thread; returns the process once `checkpoint` is there."""
+    code = f"import torch, sys; torch.set_num_threads(1); sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while checkpoint and process.poll() is None and not (folder / checkpoint).exists():
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param([(3, 0.3)], id="1"),
+        pytest.param([(k % 4, 0.2 + 0.13 * k) for k in range(10)], id="10", marks=pytest.mark.long),
+    ],
+)
+def test_killed_and_resumed_is_straight_through(drawn, in_tmp, kills):
+    """kill -9 at moments that fall anywhere, writing a checkpoint included; each time with other workers."""
+    epochs = 3 * len(kills)
+    arguments = ["--set", *TINY, f"data={drawn}", f"epochs={epochs}", f"eval_every={epochs}", "save_minutes=0.0"]
+    said = start(in_tmp, [*arguments, "name=straight", "workers=1"]).communicate(timeout=300)[0]
+    assert f"epoch {epochs}/{epochs}" in said
+    for number, (workers, moment) in enumerate(kills):
+        resume = ["--resume"] * (number > 0)
+        process = start(in_tmp, [*arguments, "name=killed", f"workers={workers}", *resume], "runs/killed/last.pth.tar")
+        if number:
+            while "goes on with" not in process.stdout.readline():
+                assert process.poll() is None
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+    start(in_tmp, [*arguments, "name=killed", "workers=1", "--resume"]).communicate(timeout=300)
+    same_end("straight", "killed")
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(drawn, in_tmp):
+    arguments = ["--set", *TINY, f"data={drawn}", "name=c", "epochs=300", "eval_every=300", "workers=1"]
+    process = start(in_tmp, arguments, "runs/c/last.pth.tar")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loader's worker gets it too
+    said = process.communicate(timeout=120)[0]
+    assert "--name c --resume" in said
+    assert "Traceback" not in said
+    step = load_checkpoint("runs/c/last.pth.tar")["step"]
+    assert 0 < step < 900
+    process = start(in_tmp, ["--name", "c", "--resume", "--set", "save_minutes=0.001"])  # the run knows its recipe
+    line = ""
+    while f"runs/c/last.pth.tar, step {step}" not in line:
+        line = process.stdout.readline()
+        assert process.poll() is None
+    while load_checkpoint("runs/c/last.pth.tar")["step"] == step:
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert "--name c --resume" in said
+    assert load_checkpoint("runs/c/last.pth.tar")["step"] > step
+
+
+def test_a_signal_to_the_group_comes_with_the_end_of_a_worker(monkeypatch):
+    """Both in one moment, as when a scheduler ends a job: nothing is printed of a signal that was lost."""
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    both = {signal.SIGTERM, signal.SIGCHLD}
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's loader has one
+    try:
+        with StopOnSignal() as stop:
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            for number in both:
+                signal.pthread_kill(threading.get_ident(), number)  # no other thread is to take it now
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert stop.wanted
+        assert not lost
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsys):
+    train(tiny_config(drawn, epochs=1))
+    capsys.readouterr()
+    metrics = main(["--resume", "--name", "tiny", "--epochs", "2", "--lr", "0.5", "--set", "eval_every=2"])
+    said = capsys.readouterr().out
+    assert "now epochs 1 -> 2" in said
+    assert "now lr 0.001 -> 0.5" in said
+    assert "eval_every 1 ->" not in said  # where it runs and when it looks may change without a word
+    assert metrics is not None
+    checkpoint = load_checkpoint("runs/tiny/last.pth.tar")
+    assert checkpoint["optimizer"]["param_groups"][-1]["initial_lr"] == 0.5
+    for changes, refused in (
+        (["--seed", "1"], "seed 0 -> 1"),
+        (["--set", "optimizer=sgd"], "optimizer 'adamw' -> 'sgd'"),
+        (["--set", "fpn_channels=32"], "other classes or shapes"),
+        (["--batch-size", "3"], "4 images a step .*, not 3"),
+    ):
+        with pytest.raises(SystemExit, match=refused):
+            main(["--resume", "--name", "tiny", "--epochs", "3", *changes])
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
+    # The same images a step in other pieces is the same run.
+    main(["--resume", "--epochs", "3", "--batch-size", "2", "--set", "name=tiny"])
+    # So are other rates and another precision: groups are the same whatever their values.
+    capsys.readouterr()
+    main(
+        ["--resume", "--name", "tiny", "--epochs", "4", "--set", "trunk_lr_scale=1", "weight_decay=0", "precision=fp16"]
+    )
+    assert "now precision 'fp32' -> 'fp16'" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(drawn, in_tmp, capsys):
+    config = tiny_config(drawn, name="a")
+    train(config)
+    shutil.copytree("runs/a", "runs/b")
+    path = Path("runs/a/last.pth.tar")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, in the middle of some weight
+    path.write_bytes(content)
+    train(config, resume=True)
+    captured = capsys.readouterr()
+    assert "runs/a/last.pth.tar is passed over" in captured.err
+    assert "goes on with runs/a/previous.pth.tar, step 6" in captured.out
+    same_end("a", "b")
+    whole = Path("runs/b/last.pth.tar").read_bytes()
+    for place in (0, 20, len(whole) - 30, len(whole) - 2000, *range(len(whole) - 500, len(whole), 60)):
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF  # in the zip file's own bookkeeping: its reader raises one thing or another, or nothing
+        path.write_bytes(broken)
+        assert newest_checkpoint(Path("runs/a"))[1]["step"] == 6
+    for name in ("last", "previous"):
+        Path(f"runs/a/{name}.pth.tar").write_bytes(content[:1000])
+    with pytest.raises(SystemExit, match="no checkpoint in runs/a is whole; best"):
+        main(["--resume", "--name", "a"])
+
+
+def test_a_checkpoint_between_two_names_is_found(drawn, in_tmp, capsys):
+    """A kill after last became previous, and before next became last."""
+    config = tiny_config(drawn, name="a")
+    train(config)
+    Path("runs/a/last.pth.tar").rename("runs/a/next.pth.tar")
+    train(replace(config, epochs=3), resume=True)
+    assert "goes on with runs/a/next.pth.tar, step 6" in capsys.readouterr().out
