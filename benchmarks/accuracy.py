@@ -183,7 +183,7 @@ def run_variant(stage, name, seed, folder, epochs, results):
     begun = run_folder / "revision"
     if not begun.is_file():
         run_folder.mkdir(parents=True, exist_ok=True)
-        begun.write_text(revision(results))
+        begun.write_text(revision())
     train_list, val_list = load_lists(config)
     if name in PEERS:
         predict_fn, minutes = train_peer(name, config, train_list, run_folder)
@@ -246,11 +246,11 @@ def config_hash(config, variant):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def revision(results):
+def revision():
     def git(*words):
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{results}")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")  # rows are no code
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
