@@ -64,6 +64,7 @@ VARIANTS = {
     "small_batch": ["batch_size=8", "nominal_batch=8", "lr=0.0007"],
     "half_lr": ["lr=0.0005"],
     "double_lr": ["lr=0.002"],
+    "more_decay": ["weight_decay=0.05"],
     "giou": ["box_loss=giou", "box_weight=2.0"],
     "atss": ["matching=atss", "box_loss=giou", "box_weight=2.0"],
     "focal": ["class_loss=focal"],
