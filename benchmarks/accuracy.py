@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py screen base giou atss                  # 12 epochs, seed 0, on the screening split
     python benchmarks/accuracy.py screen copy_paste+giou                 # two together
     python benchmarks/accuracy.py confirm base atss --seeds 0 1 2        # 24 epochs, on val
-    python benchmarks/accuracy.py confirm torchvision_ssd                # a peer on the same ground (see peers.py)
+    python benchmarks/accuracy.py screen torchvision_fcos+half_lr        # a peer on the same ground (see peers.py)
     python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
 
 `screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
@@ -63,6 +63,7 @@ VARIANTS = {
     "layer_decay": ["trunk_lr_decay=0.7"],
     "small_batch": ["batch_size=8", "nominal_batch=8", "lr=0.0007"],
     "half_lr": ["lr=0.0005"],
+    "quarter_lr": ["lr=0.00025"],
     "double_lr": ["lr=0.002"],
     "more_decay": ["weight_decay=0.05"],
     "giou": ["box_loss=giou", "box_weight=2.0"],
@@ -82,6 +83,9 @@ VARIANTS = {
     "lite1": ["trunk=tf_efficientnet_lite1"],
     "lite2": ["trunk=tf_efficientnet_lite2"],
 }
+SHARED_WITH_PEERS = (
+    "batch_size", "nominal_batch", "lr", "trunk_lr_scale", "weight_decay", "frozen_stages", "trunk", "fpn_channels",
+)  # fmt: skip
 EPOCHS = {"screen": 12, "confirm": 24}
 SCREENING_IMAGES = 200
 RESULTS = "benchmarks/accuracy.csv"
@@ -171,8 +175,7 @@ def check_apart(splits, data):
 
 def run_variant(stage, name, seed, folder, epochs, results):
     """Trains a variant, or what is left of it, scores its last epoch and adds the row, unless it is there."""
-    if name not in PEERS and not set(name.split("+")) <= set(VARIANTS):
-        raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
+    check_name(name)
     config = variant_config(name, stage, seed, folder, epochs)
     digest = config_hash(config, name)
     asked = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
@@ -186,8 +189,8 @@ def run_variant(stage, name, seed, folder, epochs, results):
         run_folder.mkdir(parents=True, exist_ok=True)
         begun.write_text(revision())
     train_list, val_list = load_lists(config)
-    if name in PEERS:
-        predict_fn, minutes = train_peer(name, config, train_list, run_folder)
+    if peer_of(name):
+        predict_fn, minutes = train_peer(peer_of(name), config, train_list, run_folder)
     else:
         predict_fn, minutes = train_ours(config, run_folder)
     found, _ = predict(predict_fn, val_list, config.image_size)
@@ -197,7 +200,7 @@ def run_variant(stage, name, seed, folder, epochs, results):
     row = {
         "run": config.name, **asked, "images": len(train_list), "git": begun.read_text(), "config_hash": digest,
         "hardware": hardware(), "minutes": round(minutes, 1), "date": str(date.today()), "torch": torch.__version__,
-        "precision": "fp32" if name in PEERS else pick_precision(config.precision, pick_device(config.device)),
+        "precision": "fp32" if peer_of(name) else pick_precision(config.precision, pick_device(config.device)),
     }  # fmt: skip
     for score in SCORES:
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
@@ -205,6 +208,22 @@ def run_variant(stage, name, seed, folder, epochs, results):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
     add_row(results, row, asked)
     print(", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def check_name(name):
+    """InputError for what is neither a peer nor a variant, or would change of a peer what is its own."""
+    variants = name.split("+")[1 if peer_of(name) else 0 :]
+    if not set(variants) <= set(VARIANTS):
+        raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
+    own = sorted({change.split("=")[0] for change in changes_of(name)} - set(SHARED_WITH_PEERS))
+    if peer_of(name) and own:
+        raise InputError(f"{name}: peers have their own {', '.join(own)}; shared is {', '.join(SHARED_WITH_PEERS)}")
+
+
+def peer_of(name):
+    """The peer that a name begins with, or None."""
+    first = name.split("+")[0]
+    return first if first in PEERS else None
 
 
 def answers(row, asked):
@@ -220,7 +239,7 @@ def variant_config(name, stage, seed, folder, epochs):
 
 
 def changes_of(name):
-    """The settings of a variant, or of several joined by a plus."""
+    """The settings of a variant, or of several joined by a plus; a peer has none."""
     return [change for part in name.split("+") for change in VARIANTS.get(part, [])]
 
 
@@ -242,7 +261,7 @@ def config_hash(config, variant):
     unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1}
     defaults = as_builtins(TrainConfig())
     values = {k: v for k, v in as_builtins(replace(config, **unimportant)).items() if v != defaults[k]}
-    if variant in PEERS:
+    if peer_of(variant):
         values["peers.py"] = hash_file(Path(__file__).with_name("peers.py"))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -301,7 +320,7 @@ def print_table(stage, args):
     for (epochs, variant), seeds in sorted(groups.items()):
         against = groups.get((epochs, args.against), {})
         cells = [
-            variant, "its own loss, augmentation" if variant in PEERS else " ".join(changes_of(variant)),
+            variant, " ".join([*(["its own loss, augmentation"] if peer_of(variant) else []), *changes_of(variant)]),
             epochs, len(seeds),
             score_cell(seeds, "voc2007_ap50"), score_cell(seeds, "coco_ap"),
             " / ".join(mean_cell(seeds, f"coco_ap_{size}") for size in ("small", "medium", "large")),

@@ -105,3 +105,13 @@ def test_every_variant_is_a_recipe(accuracy):
     assert (both.augment.copy_paste, both.box_loss) == (0.5, "giou")
     with pytest.raises(ValueError, match="no variant 'giou\\+none'"):
         accuracy.run_variant("screen", "giou+none", 0, "data", 12, Path("results.csv"))
+
+
+def test_peers_take_the_variants_of_what_they_share(accuracy):
+    plain = accuracy.variant_config("torchvision_fcos", "screen", 0, "data", 12)
+    slower = accuracy.variant_config("torchvision_fcos+half_lr", "screen", 0, "data", 12)
+    assert slower.lr == plain.lr / 2
+    assert accuracy.config_hash(plain, "torchvision_fcos") != accuracy.config_hash(slower, "torchvision_fcos+half_lr")
+    accuracy.check_name("torchvision_fcos+half_lr")
+    with pytest.raises(ValueError, match="peers have their own augment.close_epochs, augment.copy_paste"):
+        accuracy.check_name("torchvision_fcos+copy_paste")
