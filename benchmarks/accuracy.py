@@ -320,7 +320,7 @@ def print_table(stage, args):
     for (epochs, variant), seeds in sorted(groups.items()):
         against = groups.get((epochs, args.against), {})
         cells = [
-            variant, " ".join([*(["its own loss, augmentation"] if peer_of(variant) else []), *changes_of(variant)]),
+            variant, " ".join(changes_of(variant)),
             epochs, len(seeds),
             score_cell(seeds, "voc2007_ap50"), score_cell(seeds, "coco_ap"),
             " / ".join(mean_cell(seeds, f"coco_ap_{size}") for size in ("small", "medium", "large")),

@@ -4,7 +4,7 @@ What they share with ours: trunk and its weights, what of it is frozen, the numb
 schedule, averaged weights, 300 pixels, decoding, evaluation. FPNs are as wide as ours. RetinaNet is torchvision's
 second version. What is made for 800 pixels or for a trunk of another kind is fitted to 300 and to ours, so that nothing
 handicaps them: sizes of anchors, where they lie in a cell, and norms between the trunk's maps and what reads them.
-Rates are those that suit our heads; nobody has looked for better ones for theirs.
+Rates are those that suit our heads, unless accuracy.py is told others (NAME+half_lr).
 """
 
 import time
