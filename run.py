@@ -80,7 +80,7 @@ class Run:
         try:
             save_checkpoint(self.folder / NEXT, self.ema.module, **self.state())
             if (self.folder / LAST).exists():
-                os.replace(self.folder / LAST, self.folder / PREVIOUS)
+                self._keep_last()
             os.replace(self.folder / NEXT, self.folder / LAST)
             self.unsaved = None
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
@@ -91,6 +91,15 @@ class Run:
                 file=sys.stderr,
             )
         return self.unsaved is None
+
+    def _keep_last(self):
+        """Gives the last checkpoint a second name, so that who reads last.pth.tar meanwhile finds it at any moment."""
+        last, previous = self.folder / LAST, self.folder / PREVIOUS
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(last, previous)
+        except OSError:  # a file system without hard links: there is a moment without last.pth.tar
+            os.replace(last, previous)
 
     def save_best(self, score):
         """Writes best.pth.tar; True if that went well."""

@@ -194,8 +194,41 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(drawn, in_tmp, ca
         main(["--resume", "--name", "a"])
 
 
+def test_last_is_there_at_every_moment(drawn, in_tmp, monkeypatch):
+    """An evaluation or a notebook may read it while training goes on."""
+    last, previous = Path("runs/a/last.pth.tar"), Path("runs/a/previous.pth.tar")
+    train(tiny_config(drawn, name="a"))
+    there = []
+
+    def watched(call):
+        def watching(*arguments, **keywords):
+            result = call(*arguments, **keywords)
+            there.append(last.exists())
+            return result
+
+        return watching
+
+    for name in ("replace", "link", "unlink", "rename"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    train(tiny_config(drawn, name="a", epochs=3), resume=True)
+    assert there
+    assert all(there)
+    assert not last.samefile(previous)
+    assert load_checkpoint(last)["step"] == 9
+    assert load_checkpoint(previous)["step"] == 9  # of after the last epoch and before its evaluation
+
+
+def test_checkpoints_where_there_are_no_hard_links(drawn, in_tmp, monkeypatch):
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    train(tiny_config(drawn, name="a", epochs=3))
+    assert [load_checkpoint(f"runs/a/{name}.pth.tar")["step"] for name in ("previous", "last")] == [9, 9]
+
+
 def test_a_checkpoint_between_two_names_is_found(drawn, in_tmp, capsys):
-    """A kill after last became previous, and before next became last."""
+    """A kill, without hard links, after last became previous and before next became last."""
     config = tiny_config(drawn, name="a")
     train(config)
     Path("runs/a/last.pth.tar").rename("runs/a/next.pth.tar")
