@@ -113,12 +113,13 @@ def intervals(data_list, matched, samples=1000, seed=0):
 def compare(data_list, one, other, samples=1000, seed=0):
     """{name: dict of difference (other - one), interval, better: the share of resamples in which the other is better}.
 
-    Paired: both are scored on the same resamples, so what makes images hard for both cancels out.
+    Paired: both are scored on the same resamples, so what makes images hard for both cancels out. Either may be a list
+    of Matched, of one recipe with several seeds, and counts with the mean of their scores.
     """
     weights = draw_weights(len(data_list), samples, seed)
     everything = np.ones((1, len(data_list)))
-    first, second = (resampled(data_list, matched, weights) for matched in (one, other))
-    whole = [resampled(data_list, matched, everything) for matched in (one, other)]
+    first, second = (_mean_resampled(data_list, matched, weights) for matched in (one, other))
+    whole = [_mean_resampled(data_list, matched, everything) for matched in (one, other)]
     result = {}
     for name in NAMES:
         differences = second[name] - first[name]
@@ -130,6 +131,12 @@ def compare(data_list, one, other, samples=1000, seed=0):
             "better": float((known > 0).mean() + (known == 0).mean() / 2) if len(known) else None,
         }
     return result
+
+
+def _mean_resampled(data_list, matched, weights):
+    several = matched if isinstance(matched, list) else [matched]
+    scores = [resampled(data_list, one, weights) for one in several]
+    return {name: np.mean([one[name] for one in scores], axis=0) for name in NAMES}
 
 
 def draw_weights(images, samples, seed=0):

@@ -5,12 +5,14 @@
     python benchmarks/accuracy.py confirm base atss --seeds 0 1 2        # 24 epochs, on val
     python benchmarks/accuracy.py screen torchvision_fcos+half_lr        # a peer on the same ground (see peers.py)
     python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
+    python benchmarks/accuracy.py table screen --seeds 0                 # of one seed's runs alone
 
 `screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
 read by `confirm`, once a run, after the last epoch. Every run is kept in runs/accuracy_STAGE_VARIANT_SEED_EPOCHS_HASH
 and resumed if it was stopped; a finished one becomes a row of the results and is not run again: `--results mine.csv`
 starts from none. Differences whose interval holds 0 are called noise; intervals are of the photographs alone, and
-another seed moves AP50 as well. A revision with a plus had changes that were not committed.
+another seed moves AP50 as well. A revision with a plus had changes that were not committed; a run that was gone on with
+under another one has both.
 """
 
 import argparse
@@ -88,7 +90,9 @@ SHARED_WITH_PEERS = (
 )  # fmt: skip
 EPOCHS = {"screen": 12, "confirm": 24}
 SCREENING_IMAGES = 200
+RESAMPLES = 4_000  # of a comparison; with 1,000 the ends of intervals move by a tenth of a point
 RESULTS = "benchmarks/accuracy.csv"
+DEFAULTS = Path(__file__).with_name("accuracy_defaults.json")
 SCORES = (
     "voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50", "coco_ap75", "coco_ap_small", "coco_ap_medium",
     "coco_ap_large",
@@ -105,7 +109,7 @@ def main(argv=None):
     parser.add_argument("what", choices=("screen", "confirm", "table"))
     parser.add_argument("names", nargs="*", metavar="VARIANT", help=f"of {', '.join((*VARIANTS, *PEERS))}")
     parser.add_argument("--data", default="data/vocreal", help="folder of the data lists train and val")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 if not named; of table: all that there are")
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=f"instead of {RESULTS}")
     parser.add_argument("--against", default="base", help="of table: the variant that others are compared with")
@@ -116,7 +120,7 @@ def main(argv=None):
                 print_table(stage, args)
             return
         folder = lists_of(args.what, Path(args.data))
-        for seed in args.seeds:
+        for seed in args.seeds or [0]:
             for name in args.names:
                 run_variant(args.what, name, seed, folder, args.epochs or EPOCHS[args.what], args.results)
     except (InputError, OSError) as error:
@@ -185,9 +189,9 @@ def run_variant(stage, name, seed, folder, epochs, results):
     config = replace(config, name=f"{config.name}_{digest}")  # what was another recipe is not gone on with
     run_folder = Path("runs") / config.name
     begun = run_folder / "revision"
-    if not begun.is_file():
-        run_folder.mkdir(parents=True, exist_ok=True)
-        begun.write_text(revision())
+    run_folder.mkdir(parents=True, exist_ok=True)
+    revisions = begun.read_text().split() if begun.is_file() else []
+    begun.write_text(" ".join(dict.fromkeys([*revisions, revision()])))
     train_list, val_list = load_lists(config)
     if peer_of(name):
         predict_fn, minutes = train_peer(peer_of(name), config, train_list, run_folder)
@@ -257,9 +261,13 @@ def train_ours(config, folder):
 
 
 def config_hash(config, variant):
-    """What decides a run's result, in eight digits; a field that is new and has its default changes nothing."""
+    """What decides a run's result, in eight digits.
+
+    It is what differs from the defaults of the day of the first row, kept in a file: a default that changes later
+    changes hashes as any other value does, and a field that is new and has its default changes none.
+    """
     unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1}
-    defaults = as_builtins(TrainConfig())
+    defaults = as_builtins(TrainConfig()) | json.loads(DEFAULTS.read_text(encoding="utf-8"))
     values = {k: v for k, v in as_builtins(replace(config, **unimportant)).items() if v != defaults[k]}
     if peer_of(variant):
         values["peers.py"] = hash_file(Path(__file__).with_name("peers.py"))
@@ -312,7 +320,7 @@ def print_table(stage, args):
     """A line a variant and number of epochs: means over its seeds, and what it has over the one it is held against."""
     groups = {}
     for row in read_results(args.results):
-        if row["stage"] == stage:
+        if row["stage"] == stage and (not args.seeds or int(row["seed"]) in args.seeds):
             groups.setdefault((int(row["epochs"]), row["variant"]), {})[int(row["seed"])] = row
     print(f"\n{stage}: means over seeds, 95 % intervals; differences to {args.against} paired by seed and image")
     print("|", " | ".join(COLUMNS), "|")
@@ -347,26 +355,24 @@ def differences(stage, base, other, args):
     """Of two groups of runs, over the seeds they share: what the other gains in VOC2007 AP50, and in COCO AP."""
     shared = sorted(base.keys() & other.keys())
     data_list = DataList.load(lists_of(stage, Path(args.data)) / "val.json")
-    results = []
+    seeds, matched = [], ([], [])
     for seed in shared:
         files = [Path("runs") / group[seed]["run"] / "detections.json" for group in (base, other)]
         if all(file.is_file() for file in files):
-            matched = [intervals.match(data_list, rank(data_list, read_coco(file, data_list)[0])) for file in files]
-            results.append(intervals.compare(data_list, *matched))
-    if not results:
+            seeds.append(seed)
+            for file, side in zip(files, matched, strict=True):
+                side.append(intervals.match(data_list, rank(data_list, read_coco(file, data_list)[0])))
+    if not seeds:
         return ("detections of these runs are not here" if shared else "no seed in common",) * 2
-    return [difference_cell([one[score] for one in results]) for score in ("voc2007_ap50", "coco_ap")]
+    compared = intervals.compare(data_list, *matched, samples=RESAMPLES)
+    return [difference_cell(compared[score], seeds) for score in ("voc2007_ap50", "coco_ap")]
 
 
-def difference_cell(results):
-    """The mean difference, and of interval ends the mean as well.
-
-    Interval ends of several seeds are not drawn together: seeds share the photographs, which are most of the noise.
-    """
-    mean = 100 * statistics.mean(one["difference"] for one in results)
-    low, high = (100 * statistics.mean(one["interval"][end] for one in results) for end in (0, 1))
+def difference_cell(compared, seeds):
+    low, high = (100 * end for end in compared["interval"])
     verdict = "better" if low > 0 else "worse" if high < 0 else "noise"
-    return f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}): {verdict}{', with one seed' * (len(results) == 1)}"
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{100 * compared['difference']:+.1f} ({low:+.1f} .. {high:+.1f}): {verdict} ({which})"
 
 
 if __name__ == "__main__":

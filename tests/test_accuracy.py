@@ -80,7 +80,7 @@ def test_table_says_what_differs_and_what_is_noise(accuracy, data, monkeypatch, 
     lines = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
     assert "40.0 (30.0 .. 30.0) | 40.0 (30.0 .. 30.0) | - / 40.0 / 40.0 | 1.0 |" in lines["base"]
     assert "+100.0 (+100.0 .. +100.0): better" in lines["good"]
-    assert "+0.0 (+0.0 .. +0.0): noise, with one seed" in lines["same"]
+    assert "+0.0 (+0.0 .. +0.0): noise (seed 0)" in lines["same"]
 
 
 def test_rows_of_many_writers_are_all_kept(accuracy, tmp_path):
@@ -105,6 +105,34 @@ def test_every_variant_is_a_recipe(accuracy):
     assert (both.augment.copy_paste, both.box_loss) == (0.5, "giou")
     with pytest.raises(ValueError, match="no variant 'giou\\+none'"):
         accuracy.run_variant("screen", "giou+none", 0, "data", 12, Path("results.csv"))
+
+
+def test_rows_belong_to_the_recipe_as_it_is(accuracy, monkeypatch):
+    """Whoever changes a recipe behind its rows has to say so: in TAKEN_BACK, or by running it again."""
+    gone = {"atss+tower", "copy_paste+atss_quality+shared_heads"}
+    rows = [row for row in accuracy.read_results(ROOT / accuracy.RESULTS) if not accuracy.peer_of(row["variant"])]
+    assert len(rows) > 15
+    for row in (one for one in rows if one["variant"] not in gone):
+        folder = {"screen": "data/vocreal_screen", "confirm": "data/vocreal"}[row["stage"]]
+        asked = (row["variant"], row["stage"], int(row["seed"]), folder, int(row["epochs"]))
+        assert accuracy.config_hash(accuracy.variant_config(*asked), row["variant"]) == row["config_hash"], row["run"]
+    before = accuracy.config_hash(accuracy.variant_config("base", "screen", 0, "data", 12), "base")
+    other = accuracy.replace(accuracy.variant_config("base", "screen", 0, "data", 12), box_weight=1.5)
+    changed = accuracy.replace(accuracy.TrainConfig(), box_weight=1.5)
+    monkeypatch.setattr(accuracy, "TrainConfig", lambda: changed)  # if that were the default
+    assert accuracy.config_hash(other, "base") != before
+
+
+def test_a_run_gone_on_with_has_both_revisions(accuracy, data, monkeypatch, tmp_path):
+    """Stopped in its first epoch, gone on with after a commit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(accuracy, "train_ours", lambda config, folder: sys.exit("stopped"))
+    for name in ("one", "one", "two"):
+        monkeypatch.setattr(accuracy, "revision", lambda name=name: name)
+        with pytest.raises(SystemExit, match="stopped"):
+            accuracy.run_variant("confirm", "base", 0, data, 12, Path("results.csv"))
+    (begun,) = Path("runs").glob("accuracy_confirm_base_0_12_*/revision")
+    assert begun.read_text() == "one two"
 
 
 def test_peers_take_the_variants_of_what_they_share(accuracy):

@@ -91,6 +91,21 @@ def test_compare_tells_a_difference_from_none():
     assert itself == {"difference": 0, "interval": (0, 0), "better": 0.5}
 
 
+def test_compare_of_several_seeds_is_of_their_means():
+    """With one each it is the plain one; with two it is, resample for resample, between the two of one each."""
+    everything = set(range(100))
+    lists, found = zip(*(half_right(100, everything - set(range(0, 100, step))) for step in (2, 3, 5, 7)), strict=True)
+    data_list = lists[0]
+    a, b, c, d = (matched(data_list, one) for one in found)
+    assert compare(data_list, [a], [c], samples=100) == compare(data_list, a, c, samples=100)
+    both = compare(data_list, [a, b], [c, d], samples=100)
+    singles = [compare(data_list, one, other, samples=100) for one, other in ((a, c), (b, d))]
+    for name in NAMES:
+        assert both[name]["difference"] == pytest.approx(np.mean([one[name]["difference"] for one in singles]))
+        width = np.ptp(both[name]["interval"])
+        assert 0 < width <= np.mean([np.ptp(one[name]["interval"]) for one in singles]) + 1e-9
+
+
 def test_nothing_to_score_is_none():
     data_list = make_list([[], []], 2)
     assert intervals(data_list, matched(data_list, make_detections([[], []]))) == dict.fromkeys(NAMES)
