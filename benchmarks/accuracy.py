@@ -68,6 +68,7 @@ VARIANTS = {
     "quarter_lr": ["lr=0.00025"],
     "double_lr": ["lr=0.002"],
     "more_decay": ["weight_decay=0.05"],
+    "retinanet_rates": ["lr=0.0001", "trunk_lr_scale=1.0", "weight_decay=0.05"],  # torchvision's, of its second version
     "giou": ["box_loss=giou", "box_weight=2.0"],
     "atss": ["matching=atss", "box_loss=giou", "box_weight=2.0"],
     "focal": ["class_loss=focal"],
