@@ -104,7 +104,7 @@ def lite():
     return TrainConfig(
         name="lite", trunk="tf_efficientnet_lite2", fpn_channels=128, frozen_stages=3, epochs=36, batch_size=16,
         nominal_batch=16, warmup_steps=50, workers=1, augment=AugmentConfig(copy_paste=0.5, close_epochs=3),
-        **BY_QUALITY,
+        class_balance=0.5, **BY_QUALITY,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ from utils import InputError, explain, hash_file, pick_device, pick_precision, s
 # What the lite preset took from this table since: variants start without it.
 TAKEN_BACK = [
     "trunk=tf_efficientnet_lite0", "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem",
-    "augment.copy_paste=0.0", "augment.close_epochs=10",
+    "augment.copy_paste=0.0", "augment.close_epochs=10", "class_balance=0.0",
 ]  # fmt: skip
 VARIANTS = {
     "base": [],
