@@ -52,6 +52,7 @@ def train_peer(name, config, train_list, folder):
         for part, saved in ((model, "model"), (ema.module, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(state[saved])
         ema.updates.copy_(state["ema_updates"])
+        torch.set_rng_state(state["rng"])  # of which RetinaNet draws its scales
     for epoch in range(begun, config.epochs):
         start, sampler.epoch, total = time.perf_counter(), epoch, 0.0
         model.train()
@@ -65,7 +66,8 @@ def train_peer(name, config, train_list, folder):
         )
         state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
         with written_whole(state_file) as temporary:
-            torch.save({**state, "ema_updates": ema.updates, "epochs": epoch + 1, "minutes": minutes}, temporary)
+            about = {"epochs": epoch + 1, "minutes": minutes, "rng": torch.get_rng_state()}
+            torch.save({**state, "ema_updates": ema.updates, **about}, temporary)
     return PeerPredictor(ema.module), minutes
 
 

@@ -25,7 +25,7 @@ def peers(monkeypatch):
 @pytest.fixture
 def config():
     tiny = {"trunk": "test_resnet", "trunk_weights": "none", "fpn_channels": 32, "frozen_stages": 0}
-    return replace(lite(), **tiny, epochs=2, batch_size=6, workers=0, warmup_steps=2)
+    return replace(lite(), **tiny, epochs=2, batch_size=6, warmup_steps=2)
 
 
 # SSD's of the paper: 4, 6, 6, 6, 4, 4 boxes on sides of 38 to 1. The others pad 300 to 320.
