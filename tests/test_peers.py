@@ -51,6 +51,17 @@ def test_boxes_lie_where_the_maps_see(peers, config, name, sides, boxes, first):
     assert middles.max() < side + 32  # a map of 3 cells of 128 px reaches beyond 320
 
 
+def test_distances_of_fcos_start_alive(peers, config):
+    """They end in a ReLU: what is 0 for all images learns no more."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = peers.PEERS["torchvision_fcos"](3, config)
+        maps = [torch.rand(2, 32, side, side) for side in (40, 20, 10, 5, 3)]
+        with torch.no_grad():
+            distances, _ = model.head.regression_head(maps)
+        assert (distances > 0.5).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_are_those_of_the_list(peers, drawn, name):
     data_list = DataList.load(drawn / "train.json")
