@@ -223,7 +223,7 @@ def make_ssd(num_classes, config):
 
 def make_retinanet(num_classes, config):
     trunk, of_images = build(config)
-    # From 32 by default. In images of 300 more objects of VOCreal have an anchor of IoU 0.5 from 24 on, 68 % for 61 %.
+    # From 32 by default. Objects in images of 300 are smaller, but half of it would leave few anchors to each.
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (24, 48, 96, 192, 384))
     anchors = CentredAnchors(sizes, ((0.5, 1.0, 2.0),) * 5)
     norm = partial(nn.GroupNorm, 32)

@@ -1,6 +1,5 @@
 """The bench of recipes never mixes photographs that are trained on with those that are scored."""
 
-import importlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,8 @@ NAMES = {
 
 
 @pytest.fixture
-def accuracy(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])  # last: some of its names are ours too
-    module = importlib.import_module("accuracy")
+def accuracy(benchmark, monkeypatch):
+    module = benchmark("accuracy")
     monkeypatch.setattr(module, "SCREENING_IMAGES", 3)
     return module
 

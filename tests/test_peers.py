@@ -1,7 +1,5 @@
 """torchvision's detectors on our trunk: what was fitted to 300 pixels, labels, and runs that are stopped."""
 
-import importlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +15,8 @@ NAMES = ("torchvision_ssd", "torchvision_retinanet", "torchvision_fcos")
 
 
 @pytest.fixture
-def peers(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "benchmarks")])
-    return importlib.import_module("peers")
+def peers(benchmark):
+    return benchmark("peers")
 
 
 @pytest.fixture
