@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import re
+import sys
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -187,17 +188,18 @@ def written_whole(path):
     os.close(handle)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # to write: Windows syncs no other
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; results are not
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name has to outlive a power cut too
-        finally:
-            os.close(folder)
+        if sys.platform != "win32":  # where folders are not opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name has to outlive a power cut too
+            finally:
+                os.close(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.util
-import resource
+import math
 import signal
 import sys
 import threading
@@ -20,6 +20,11 @@ from images import DataError, fit_image
 from report import draw_curves
 from run import tolerant
 from utils import evenly_spaced, explain
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 LINE_EVERY = 30  # seconds between lines where there is no terminal
 SHOWN_IMAGES = 8
@@ -132,9 +137,11 @@ def describe_epoch(row, epochs):
 
 
 def memory_in_use(device):
-    """GiB: the most of the GPU's that tensors have held, or of this process where none is used."""
+    """GiB: the most of the GPU's that tensors have held, or of this process where none is used (NaN on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -161,7 +168,8 @@ class StopOnSignal:
         self.wanted = True
         # A scheduler's signal ends the loader's workers as well: that must not raise in the middle of saving. Not
         # SIG_DFL: where a worker's end came in the same moment, Python would print that it lost a signal's handler.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        if hasattr(signal, "SIGCHLD"):  # Windows has none
+            signal.signal(signal.SIGCHLD, lambda *_: None)
         tqdm.write("stopping after this step and saving; Ctrl-C once more to stop at once", file=sys.stderr)
 
     def __exit__(self, *_):

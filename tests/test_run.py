@@ -139,6 +139,39 @@ def test_a_signal_to_the_group_comes_with_the_end_of_a_worker(monkeypatch):
         signal.signal(signal.SIGCHLD, before)
 
 
+LACKING = """
+import fcntl, os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+sys.modules["resource"] = None
+del signal.SIGCHLD
+os_open, os_fsync = os.open, os.fsync
+
+def files_alone(path, *arguments, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return os_open(path, *arguments, **options)
+
+def written_alone(handle):
+    if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(9, "Bad file descriptor")
+    os_fsync(handle)
+
+import train
+os.open, os.fsync, sys.platform = files_alone, written_alone, "win32"
+step = train.Training.train_step
+train.Training.train_step = lambda *arguments: (signal.raise_signal(signal.SIGINT), step(*arguments))[1]
+train.main()
+"""
+
+
+def test_training_where_what_windows_lacks_is_lacking(drawn, in_tmp):
+    """No module resource, no SIGCHLD, folders that are not opened, files that are synced only by who may write them."""
+    arguments = ["--set", *TINY, f"data={drawn}", "name=w"]
+    done = subprocess.run([sys.executable, "-c", LACKING, ROOT, *arguments], capture_output=True, text=True)
+    assert "--name w --resume" in done.stdout + done.stderr
+    assert load_checkpoint("runs/w/last.pth.tar")["step"] == 1
+
+
 def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsys):
     train(tiny_config(drawn, epochs=1))
     capsys.readouterr()
