@@ -28,6 +28,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from gradio.utils import get_upload_folder
 
 from detector import MIN_SCORE, RUNTIMES, as_image, load_detector
 from draw import annotate
@@ -294,18 +295,37 @@ function light(event) {
 """
 
 
+def check_upload(path):
+    """gr.Error unless the path that a client gives is that of an upload: gradio takes its word for it where a page is
+    mounted, and would open any file of this machine."""
+    if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise gr.Error("this is no upload: send the picture itself")
+
+
+async def stay_where_it_is(path):
+    """In place of gradio's way of a file into its cache, where uploads are already; it would fetch addresses too."""
+    check_upload(path)
+    return path
+
+
 def as_it_came(payload):
     """(path, name) of an upload: in place of gr.Image's own look at it, as ours keeps to the limits and says why."""
-    return None if payload is None else (payload.path, payload.orig_name or Path(payload.path).name)
+    if payload is None:
+        return None
+    check_upload(payload.path)
+    return payload.path, payload.orig_name or Path(payload.path).name
 
 
 def build_page(answers):
     """The gradio page."""
 
-    def look(upload, *knobs):
-        if upload is None:
-            return "", INVITATION, ""
-        path, name = upload
+    def look_at_upload(upload, *knobs):
+        return ("", INVITATION, "") if upload is None else look(*upload, *knobs)
+
+    def look_at_example(number, *knobs):
+        return look(examples[number], examples[number].name, *knobs)
+
+    def look(path, name, *knobs):
         try:
             key = answers.add(Path(path).read_bytes(), name)
         except (InputError, OSError) as error:
@@ -323,6 +343,7 @@ def build_page(answers):
             return refusal(error), ""
         return picture_html(key, answer, found, knobs), table_html(found)
 
+    examples = example_pictures()
     with gr.Blocks(title="FPN-SSD", analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as page:
         gr.HTML(heading_html(answers.detector))
         key = gr.State("")
@@ -330,9 +351,11 @@ def build_page(answers):
             with gr.Column(scale=1, min_width=280):
                 sources = ["upload", "clipboard", "webcam"]
                 upload = gr.Image(label="Picture", sources=sources, image_mode=None, height=260, elem_id="upload")
-                upload.preprocess = as_it_came
-                if example_pictures():
-                    gr.Examples(example_pictures(), upload, label="Examples")
+                upload.preprocess, upload.async_move_resource_to_block_cache = as_it_came, stay_where_it_is
+                if examples:
+                    # Not gr.Examples: that makes another gr.Image, with gradio's own way of taking what is sent.
+                    samples = [[str(path)] for path in examples]
+                    shown = gr.Dataset(components=["image"], samples=samples, type="index", label="Examples")
             with gr.Column(scale=2, min_width=280):
                 parts = {"js_on_load": LIGHT_UP, "apply_default_css": False, "elem_classes": "fpnssd"}
                 picture = gr.HTML(INVITATION, **parts)
@@ -342,7 +365,10 @@ def build_page(answers):
                 ]
                 table = gr.HTML("", **parts)
         private = {"api_visibility": "private"}
-        upload.change(look, [upload, *knobs], [key, picture, table], concurrency_limit=AT_ONCE, **private)
+        seen = {"outputs": [key, picture, table], "concurrency_id": "look", "concurrency_limit": AT_ONCE}
+        upload.change(look_at_upload, [upload, *knobs], **seen, **private)
+        if examples:
+            shown.click(look_at_example, [shown, *knobs], **seen, **private)
         for knob in knobs:
             knob.change(
                 show, [key, *knobs], [picture, table], trigger_mode="always_last", show_progress="hidden", **private
@@ -357,7 +383,7 @@ def example_pictures():
     except ImportError:
         return []
     inside = Path(skimage.__file__).parent / "data"
-    return [str(inside / name) for name in ("astronaut.png", "chelsea.png", "coffee.png") if (inside / name).is_file()]
+    return [inside / name for name in ("astronaut.png", "chelsea.png", "coffee.png") if (inside / name).is_file()]
 
 
 def heading_html(detector):

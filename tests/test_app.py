@@ -1,5 +1,6 @@
 """The web page as a browser sees it, and the HTTP endpoint as curl does."""
 
+import http.server
 import io
 import json
 import os
@@ -7,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +134,55 @@ def test_malformed_pictures_over_http(server, photograph, count):
         assert resident_bytes(server.pid) <= 1.05 * before
 
 
+def change_upload(server, **said):
+    """What a client of the page's own interface is told that says so of its upload: the last event."""
+    with urllib.request.urlopen(f"{server.url}/config") as answer:
+        config = json.load(answer)
+    upload = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "upload")
+    call = next(one for one in config["dependencies"] if [upload, "change"] in one["targets"])
+    knobs = [one["props"]["value"] for one in config["components"] if one["id"] in call["inputs"][1:]]
+    session = str(said["path"])
+    file = {"meta": {"_type": "gradio.FileData"}, **said}
+    body = {"data": [file, *knobs], "fn_index": call["id"], "session_hash": session}
+    address = f"{server.url}/gradio_api/queue"
+    request = urllib.request.Request(f"{address}/join", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=60).close()
+    session = urllib.parse.urlencode({"session_hash": session})
+    with urllib.request.urlopen(f"{address}/data?{session}", timeout=60) as lines:
+        last = next(line for line in lines if b"process_completed" in line)
+    return json.loads(last.removeprefix(b"data: "))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_page_opens_uploads_alone(server, photograph, tmp_path, stream):
+    """Not a file that a client names but did not send, and no address; what was sent it does."""
+    photograph.save(tmp_path / "private.png")
+    asked = []
+
+    class Asked(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asked) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{elsewhere.server_port}/private.png"
+        for path in (str(tmp_path / "private.png"), address):
+            event = change_upload(server, path=path, is_stream=stream)
+            assert not event["success"]
+            assert "no upload" in event["output"]["error"]
+        elsewhere.shutdown()
+    assert not asked
+    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=sent.png\r\n\r\n"
+    body = boundary + encoded(photograph, "PNG") + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/gradio_api/upload", body, kind)) as answer:
+        (path,) = json.load(answer)
+    event = change_upload(server, path=path, is_stream=stream)
+    assert event["success"]
+    assert "answers/" in event["output"]["data"][1]
+
+
 def test_knobs_do_not_ask_the_network_again(checkpoint, photograph):
     detector = load_detector(checkpoint)
     forward, calls = detector.forward, []
@@ -218,6 +270,13 @@ def test_page_from_upload_to_download(server, page, photograph, tmp_path):
     with Image.open(io.BytesIO(Path(download.value.path()).read_bytes())) as picture:
         assert (picture.format, picture.size) == ("JPEG", (480, 360))
     assert all(url.startswith((server.url, "data:", "blob:")) for url in page.asked)
+
+
+def test_example_is_answered(page):
+    pytest.importorskip("skimage")
+    page.click("button.gallery-item >> nth=0")
+    page.wait_for_selector("#count")
+    assert objects_shown(page)
 
 
 def test_page_refuses_readably_and_goes_on(page, photograph, tmp_path):
