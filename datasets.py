@@ -167,7 +167,10 @@ class EpochSampler(Sampler):
 
 
 def _start_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops the workers itself
+    # A signal to the whole group is for the main process, which stops its workers itself: in need with SIGTERM too, so
+    # only the first one is passed over.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)
     # glibc would keep the room of batches in its heap, in pieces: up to 200 MB a worker. Above 4 MB it gives room back,
     # which a training on the CPU told it not to before the fork.

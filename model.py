@@ -199,7 +199,8 @@ class FPNSSD(nn.Module):
         """(height, width) of P3..P9, from a pass in shapes alone."""
         side = self.config.image_size
         with torch.no_grad():
-            features = _forward_on_meta(self.trunk, torch.empty(1, 3, side, side, device="meta"))
+            # Two images: the batch norm of a trunk that pools the whole image refuses a single one in training mode.
+            features = _forward_on_meta(self.trunk, torch.empty(2, 3, side, side, device="meta"))
             levels = _forward_on_meta(self.fpn, features)
         return [tuple(level.shape[-2:]) for level in levels]
 

@@ -92,12 +92,16 @@ def build_optimizer(model, config, lr):
 
 
 def lr_factor(step, config, num_steps):
-    """Of the learning rate at a step: linear from near 0 to 1; then a cosine to 0, or SSD's steps by ten."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
+    """Of the learning rate at a step: linear from near 0 to 1; then a cosine to 0, or SSD's steps by ten.
+
+    A training that is short beside warmup_steps warms up for a quarter of its steps.
+    """
+    warmup_steps = min(config.warmup_steps, num_steps // 4)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
     if config.schedule == "steps":
         return 0.1 ** sum(step >= milestone * num_steps for milestone in config.milestones)
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

@@ -37,7 +37,7 @@ class TrainConfig:
 
     epochs: int = 60
     batch_size: int = 32  # images a process takes at a time
-    nominal_batch: int = 32  # images a step: smaller batches are accumulated until they reach it
+    nominal_batch: int = 32  # images a step, about: so many batches are accumulated as come nearest to it
     optimizer: str = "adamw"  # or sgd
     lr: float = 1e-3  # of all but the trunk, for nominal_batch; larger steps scale it (see scaled_lr)
     trunk_lr_scale: float = 0.2  # pretrained trunks forget: theirs is so much of lr
@@ -46,7 +46,7 @@ class TrainConfig:
     weight_decay: float = 1e-4  # of weights; biases and norms have none
     schedule: str = "cosine"  # to 0; or steps: a tenth after each milestone
     milestones: tuple = (0.667, 0.833)  # of all steps: SSD's 80,000 and 100,000 of 120,000
-    warmup_steps: int = 100  # linear
+    warmup_steps: int = 100  # linear; of a short training at most a quarter
     clip_norm: float = 10.0
     ema_decay: float = 0.999  # warmed up as (1 + step) / (10 + step)
 
@@ -134,7 +134,8 @@ CHOICES = {
 }
 LEAST = {
     "epochs": 1, "batch_size": 1, "nominal_batch": 1, "eval_every": 1, "log_every": 1, "workers": 0, "seed": 0,
-    "patience": 0, "save_minutes": 0, "ema_decay": 0,
+    "patience": 0, "save_minutes": 0, "ema_decay": 0, "cache_side": 0, "warmup_steps": 0, "weight_decay": 0,
+    "box_weight": 0,
 }  # fmt: skip
 
 
@@ -151,6 +152,11 @@ def make_config(args):
     for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise InputError(f"{name} is {getattr(config, name)}; it must be at least {least}")
+    for name in ("lr", "clip_norm"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0 (clip_norm=1e9 clips nothing)")
+    if not all(0 <= milestone <= 1 for milestone in config.milestones):
+        raise InputError(f"milestones are {config.milestones}; they are shares of the training, in 0..1")
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
             raise InputError(f"{name} {getattr(config, name)!r} is none of {', '.join(known)}")
@@ -167,6 +173,6 @@ def batch_sizes(config, num_images):
 
 def scaled_lr(config, step_images):
     """config.lr for steps of another size than nominal_batch: linear for SGD (Goyal et al., arXiv:1706.02677), by the
-    square root for AdamW (Malladi et al., arXiv:2205.10287); smaller steps than that, from a tiny list, keep it."""
+    square root for AdamW (Malladi et al., arXiv:2205.10287); smaller steps than that keep it."""
     ratio = max(1.0, step_images / config.nominal_batch)
     return config.lr * (ratio if config.optimizer == "sgd" else math.sqrt(ratio))

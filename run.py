@@ -46,6 +46,7 @@ class Run:
         self.best = None
         self.stale = 0  # evaluations since the best one
         self.sums = {}  # of the running epoch's loss terms
+        self.seconds = 0.0  # that it took so far
         self.log = []  # a dict an epoch
         self.unsaved = None  # why the last attempt to save failed
 
@@ -60,6 +61,7 @@ class Run:
             "best": self.best,
             "stale": self.stale,
             "sums": self.sums,
+            "seconds": self.seconds,
             "log": self.log,
             "train_config": as_builtins(self.config),
             "num_images": self.num_images,
@@ -126,6 +128,7 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("step", "best", "stale", "sums", "log"):
             setattr(self, name, checkpoint[name])
+        self.seconds = checkpoint.get("seconds", 0.0)
         torch.set_rng_state(checkpoint["torch_rng"])
         if "cuda_rng" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -189,6 +192,10 @@ class tolerant:
             print(f"warning: {self.what} could not be written ({error}); training goes on", file=sys.stderr)
             return True
         return False
+
+
+def holds_a_run(folder):
+    return any((folder / name).exists() for name in (NEXT, LAST, PREVIOUS, BEST))
 
 
 def newest_checkpoint(folder):

@@ -43,9 +43,10 @@ from optimizer import (
 )
 from pixel_cache import PixelCache
 from recipe import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
-from run import Run, as_builtins, tolerant
+from run import Run, as_builtins, holds_a_run, tolerant
 from utils import InputError, autocast, explain, memory_kept, pick_device, pick_precision, written_whole
 from watch import (
+    LOST_WORKER,
     Clock,
     StopOnSignal,
     Watch,
@@ -96,7 +97,7 @@ def train(config, resume=False):
     """Trains to the end of config.epochs, or until a signal; returns the last evaluation's metrics (None if none)."""
     with distributed.joined(pick_device(config.device)) as device, StopOnSignal() as stop, memory_kept(device):
         folder = Path("runs") / config.name
-        if distributed.from_main(not resume and (folder / "config.json").exists()):
+        if distributed.from_main(not resume and holds_a_run(folder)):
             raise InputError(f"{folder} has a run already: --resume goes on with it, --name starts another")
         return Training(config, device, stop, resume).go()
 
@@ -203,6 +204,9 @@ class Training:
             f"{scaled_lr(config, step_images):g} (lr {config.lr:g} is for {config.nominal_batch})"
         )
         print("; ".join(f"{name} {value}" for name, value in asdict(config).items()))
+        augment = config.augment
+        if (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
+            print(f"note: no mosaic, no copy-paste: the last {augment.close_epochs} epochs (close_epochs) go without")
 
     def go(self):
         run, config = self.run, self.config
@@ -225,13 +229,13 @@ class Training:
                 self.end_epoch(row, detections)
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(describe_out_of_memory(config, self.smaller_batches(), error)) from error
-        except (DataError, RuntimeError) as error:
+        except (DataError, RuntimeError, *LOST_WORKER) as error:
             said = describe_failure_from_outside(error)
             if said is None:
                 raise
             # A worker's end raises anywhere: half a step is not to be kept.
             saved = not self.in_step and self.save()
-            self.stopping = self.stop.wanted and saved  # the signal went to the workers as well, who obeyed at once
+            self.stopping = self.stop.wanted and saved  # the signal ended a worker that had only begun to start
             if not self.stopping:
                 raise TrainingStopped(f"{said}. {self.kept(saved)}: mend it, then --resume") from error
         finally:
@@ -275,7 +279,7 @@ class Training:
         self.sampler.epoch = epoch
         self.sampler.start = first * run.step_images
         set_train_mode(run.model)
-        clock = Clock(run.step)
+        clock = Clock(run)
         batches = iter(self.loader) if first < self.steps_per_epoch else None
         with self.watch.epoch(epoch, self.steps_per_epoch, first):
             for number in range(first, self.steps_per_epoch):
@@ -394,13 +398,13 @@ class Training:
         """Log, best and last checkpoint, pictures."""
         run, best, stale = self.run, self.run.best, self.run.stale
         if detections is not None:
-            score = row["voc2007_ap50"] or 0.0
-            is_best = best is None or score > best
+            score = row["voc2007_ap50"]  # None where the list has no object: then the latest is the best
+            is_best = score is None or best is None or score > best
             stale = 0 if is_best else stale + 1
             if is_best and run.save_best(score):
                 best = score  # if it could not be written, the next one may be
         best, stale, wanted = distributed.from_main((best, stale, self.stop.wanted))
-        run.best, run.stale, run.sums, run.log = best, stale, {}, [*run.log, row]
+        run.best, run.stale, run.sums, run.seconds, run.log = best, stale, {}, 0.0, [*run.log, row]
         self.stopping = wanted
         self.save()
         if distributed.is_main():

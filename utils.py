@@ -28,7 +28,7 @@ class InputError(ValueError):
 
 def explain(error):
     """An error as one line. From a loader's worker it arrives as a whole traceback, the sentence last."""
-    last_line = str(error).strip().splitlines()[-1]
+    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     return re.sub(r"^(\w+\.)+\w*Error: ", "", last_line)  # a traceback's name of ours, as in images.DataError
 
 

@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 LINE_EVERY = 30  # seconds between lines where there is no terminal
 SHOWN_IMAGES = 8
+LOST_WORKER = (EOFError, ConnectionError)  # raised where a worker ends while it hands a batch over
 SHOWN_SCORE = 0.25  # lower than to look at a finished detector: what is coming shows earlier
 
 
@@ -110,8 +111,9 @@ class Watch:
 class Clock:
     """How fast an epoch goes, and how much of it is waiting for data."""
 
-    def __init__(self, step):
-        self.start, self.first, self.waited = time.perf_counter(), step, 0.0
+    def __init__(self, run):
+        self.start, self.first, self.waited = time.perf_counter(), run.step, 0.0
+        self.earlier = run.seconds  # of this epoch, before the run was resumed
 
     @contextlib.contextmanager
     def waiting(self):
@@ -120,9 +122,11 @@ class Clock:
         self.waited += time.perf_counter() - before
 
     def read(self, run):
+        """The pace so far; the run is told how long its epoch has taken."""
         seconds = time.perf_counter() - self.start
         speed = (run.step - self.first) * run.step_images / seconds
-        return {"images_per_s": speed, "seconds": seconds, "share_waiting": self.waited / seconds}
+        run.seconds = self.earlier + seconds
+        return {"images_per_s": speed, "seconds": run.seconds, "share_waiting": self.waited / seconds}
 
 
 def describe_epoch(row, epochs):
@@ -166,8 +170,8 @@ class StopOnSignal:
         if self.wanted:  # schedulers may send it twice: to the group and through torchrun
             return
         self.wanted = True
-        # A scheduler's signal ends the loader's workers as well: that must not raise in the middle of saving. Not
-        # SIG_DFL: where a worker's end came in the same moment, Python would print that it lost a signal's handler.
+        # A scheduler's signal ends a worker that has only begun to start: that must not raise in the middle of saving.
+        # Not SIG_DFL: where its end came in the same moment, Python would print that it lost a signal's handler.
         if hasattr(signal, "SIGCHLD"):  # Windows has none
             signal.signal(signal.SIGCHLD, lambda *_: None)
         tqdm.write("stopping after this step and saving; Ctrl-C once more to stop at once", file=sys.stderr)
@@ -230,9 +234,9 @@ def describe_failure_from_outside(error):
     if isinstance(error, DataError):
         return explain(error)
     text = str(error)
-    if "DataLoader worker" in text:
-        reason = "a worker is usually killed because the machine's memory ran out: fewer --workers take less"
-        return f"{explain(error)}; {reason}"
+    if isinstance(error, LOST_WORKER) or "DataLoader worker" in text or "Pin memory thread" in text:
+        reason = "it is usually killed because the machine's memory ran out: fewer --workers take less"
+        return f"a worker that loads data was lost ({explain(error)}); {reason}"
     if distributed.num_processes() > 1 and (isinstance(error, DistError) or "gloo" in text):
         return f"process {distributed.rank()} lost the others ({explain(error)}): one of them says why"
     return None

@@ -138,6 +138,11 @@ def lists_of(stage, data):
     parts = {name: json.loads((data / f"{name}.json").read_text(encoding="utf-8")) for name in ("train", "val")}
     # VOC2012's photographs are called by their year, VOC2007's and COCO's are not.
     of_voc2012 = [i["id"] for i in parts["train"]["images"] if re.match(r"20\d\d_", i["file_name"])]
+    if len(of_voc2012) < SCREENING_IMAGES:
+        raise DataError(
+            f"{data / 'train.json'} has {len(of_voc2012)} photographs named as VOC2012's are (2010_000001.jpg); "
+            f"{SCREENING_IMAGES} are taken out to screen on"
+        )
     taken = set(random.Random(0).sample(sorted(of_voc2012), SCREENING_IMAGES))
     splits = {
         "train": chosen(parts["train"], lambda image_id: image_id not in taken),

@@ -1,6 +1,9 @@
 """Samples by key, in any order and by any worker; batches."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +160,31 @@ def test_error_of_a_worker_is_one_sentence(tmp_path):
     with pytest.raises(DataError) as caught:
         list(make_loader(dataset, 1, workers=1))
     assert explain(caught.value).startswith(f"image {tmp_path / 'absent.jpg'} is missing")
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from data_list import DataList
+from datasets import DetectionDataset, EpochSampler, make_loader
+from watch import StopOnSignal
+
+dataset = DetectionDataset(DataList.load(sys.argv[2]))
+with StopOnSignal() as stop:
+    batches = iter(make_loader(dataset, 1, EpochSampler(len(dataset)), workers=2))
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    print("batches after the signal:", len(list(batches)), stop.wanted)
+"""
+
+
+def test_workers_leave_a_signal_to_the_group_to_the_main_process(drawn):
+    """A scheduler's SIGTERM: whoever trains stops where nothing is half done, which takes some batches more."""
+    root, path = Path(__file__).parents[1], drawn / "train.json"
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, root, path], capture_output=True, text=True, start_new_session=True
+    )
+    assert "batches after the signal: 11 True" in done.stdout, done.stderr
 
 
 def test_collate_pads_with_label_zero(drawn):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,26 @@ def test_two_processes_are_one(lists):
         for name in row:
             if name.startswith(("loss", "voc", "coco")):
                 assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_sigterm_stops_all_processes_at_one_step(lists):
+    settings = [*TINY, f"data={lists}", "name=s", "epochs=300", "eval_every=300", "batch_size=3", "nominal_batch=6"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, str(ROOT / "train.py"), "--set", *settings],
+        cwd=lists,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (lists / "runs/s/log.csv").exists():
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=120)[0]
+    step = load_checkpoint(lists / "runs/s/last.pth.tar")["step"]
+    assert f"stopped after step {step}; go on with --name s --resume" in said
+    assert "lost" not in said
 
 
 def test_a_process_that_fails_ends_the_job_with_its_error(lists):

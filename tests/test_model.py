@@ -77,7 +77,9 @@ def test_offsets_there_and_back():
 # The network
 
 
-@pytest.mark.parametrize("trunk", ["resnet18", "resnet50", "tf_efficientnet_lite0", "tf_efficientnet_lite2"])
+@pytest.mark.parametrize(
+    "trunk", ["resnet18", "resnet50", "rexnet_100", "tf_efficientnet_lite0", "tf_efficientnet_lite2"]
+)
 def test_trunks_and_shapes(trunk):
     model = FPNSSD(ModelConfig(classes=("a", "b", "c"), trunk=trunk, fpn_channels=64)).eval()
     with torch.no_grad():

@@ -31,6 +31,9 @@ def test_learning_rate_by_hand():
     assert lr_factor(53, config, 103) == pytest.approx(0.5)
     assert lr_factor(28, config, 103) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
     assert lr_factor(103, config, 103) == pytest.approx(0)
+    short = TrainConfig(warmup_steps=100)
+    assert [lr_factor(step, short, 12) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert lr_factor(11, short, 12) < 0.05
     steps = TrainConfig(warmup_steps=2, schedule="steps", milestones=(0.5, 0.75))
     factors = [lr_factor(step, steps, 8) for step in range(8)]
     assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01])

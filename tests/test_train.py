@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -49,6 +51,39 @@ def test_a_run_from_lists_to_files(drawn, in_tmp, capsys):
     with pytest.raises(SystemExit, match="runs/a has a run already"):
         main(["--set", *TINY, f"data={drawn}", "name=a", "epochs=2"])
     assert Path("runs/a/last.pth.tar").read_bytes() == before
+
+
+def test_a_folder_that_holds_no_checkpoint_is_no_run(drawn, in_tmp):
+    """As one that was killed before its first: neither train nor --resume would take the name."""
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/config.json").write_text("{}")
+    train(tiny_config(drawn, epochs=1))
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 3
+
+
+def test_best_of_a_list_without_objects_is_the_latest(drawn, in_tmp):
+    shutil.copytree(drawn, "data")
+    content = json.loads(Path("data/val.json").read_text())
+    Path("data/val.json").write_text(json.dumps({**content, "annotations": []}))
+    train(tiny_config("data", patience=1))
+    assert load_checkpoint("runs/tiny/best.pth.tar")["step"] == 6
+
+
+def test_an_epoch_takes_as_long_as_all_its_parts(drawn, in_tmp, monkeypatch):
+    train_step, take = train_module.Training.train_step, 1.0
+
+    def slow(self, *arguments):
+        time.sleep(take)
+        self.stop.wanted = self.run.step == 1
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(train_module.Training, "train_step", slow)
+    train(tiny_config(drawn, epochs=1))
+    take = 0.0
+    train(tiny_config(drawn, epochs=1), resume=True)
+    (row,) = load_checkpoint("runs/tiny/last.pth.tar")["log"]
+    assert row["step"] == 3
+    assert row["seconds"] > 2
 
 
 def test_accumulated_batches_are_one_batch(drawn, in_tmp):
