@@ -29,13 +29,12 @@ from tqdm import tqdm
 from detections import write_voc_xml, write_yolo
 from detector import MIN_SCORE, RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
 from draw import annotate
-from images import DataError
+from images import IMAGE_SUFFIXES, DataError
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
-from utils import InputError, explain, whole_number, written_whole
+from utils import InputError, explain, file_name_of, print_anything, whole_number, written_whole
 from video import Video, is_video, written_video
 
 __all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 _in_use = (None, None)  # the model that detect() used last, and its Detector
 
@@ -81,21 +80,24 @@ def _detector(model):
 
 def main(argv=None):
     args = parse_args(argv)
+    print_anything()
     try:
         check_knobs(args.min_score, args.max_overlap, args.top_k)
         sources = list(find_sources(args.images))
         detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, len(sources))
         suppress = classes_to_suppress(args, detector.classes)
         with Writers(args, detector.classes, sources) as writers:
-            pictures = [source for source in sources if not is_video(source)]
+            pictures = [(place, source) for place, source in enumerate(sources, start=1) if not is_video(source)]
             found = answers(detector, readable(pictures, writers), args, suppress)
-            for source, picture, one in tqdm(found, total=len(pictures), unit="picture", disable=None):
-                writers.write(source, picture, one)
+            for (place, source), picture, one in tqdm(found, total=len(pictures), unit="picture", disable=None):
+                writers.write(source, picture, one, place)
             for source in sources:
                 if is_video(source):
                     detect_in_video(detector, source, args, suppress, writers)
     except (InputError, OSError) as error:
         sys.exit(f"detect: {explain(error)}")
+    except KeyboardInterrupt:
+        sys.exit("detect: stopped; what was found so far is written")
     if writers.failures:
         sys.exit(1)
 
@@ -111,7 +113,9 @@ def parse_args(argv):
     parser.add_argument("--out", default="detected_img", help="folder that gets the annotated copies")
     parser.add_argument("--no-pictures", action="store_true", help="write no annotated copies")
     parser.add_argument("--json", metavar="FILE", help="gets a line of JSON a picture; - is standard output")
-    parser.add_argument("--coco", metavar="FILE", help="gets all detections in COCO's result format, ids from 1")
+    parser.add_argument(
+        "--coco", metavar="FILE", help="gets all in COCO's result format: ids are places in the call; then frames"
+    )
     parser.add_argument("--voc-xml", metavar="FOLDER", help="gets VOC's XML, one file a picture")
     parser.add_argument("--yolo", metavar="FOLDER", help="gets YOLO's txt, one file a picture, with the score last")
     parser.add_argument("--crops", metavar="FOLDER", help="gets what was found, cut out, in a folder a class")
@@ -156,10 +160,10 @@ def find_sources(names):
 
 
 def readable(sources, writers):
-    """(source, picture) of those that can be read; the others are said, and counted."""
-    for source in sources:
+    """((place, source), picture) of those that can be read; the others are said, and counted."""
+    for place, source in sources:
         try:
-            yield source, as_image(sys.stdin.buffer.read() if source == "-" else source)
+            yield (place, source), as_image(sys.stdin.buffer.read() if source == "-" else source)
         except (InputError, OSError) as error:
             writers.fail(error)
 
@@ -177,22 +181,33 @@ def detect_in_video(detector, source, args, suppress, writers):
     """Frame by frame; what is written stays if the video proves damaged on the way, or at Ctrl-C."""
     try:
         video = Video(source)
-        path = Path(args.out) / f"{Path(source.replace(':', '')).stem}.mp4"
+        path = Path(args.out) / free_name(f"{Path(source.replace(':', '')).stem}.mp4", writers.taken)
         if not args.no_pictures:
             writers.keep_off(path)
         with contextlib.nullcontext() if args.no_pictures else written_video(path, video) as write_frame:
             found = answers(detector, frames_of(video, writers), args, suppress)
-            for (number, time), picture, one in tqdm(found, total=video.num_frames or None, unit="frame", disable=None):
-                if write_frame:
-                    write_frame(annotate(picture, one), time)
-                writers.write(source, picture, one, {"frame": number, "seconds": float(time * video.time_base)})
+            frames = tqdm(found, total=video.num_frames or None, unit="frame", disable=None)
+            with stopped_by_ctrl_c(source, writers):
+                for (number, time), picture, one in frames:
+                    if write_frame:
+                        write_frame(annotate(picture, one), time)
+                    frame = {"frame": number, "seconds": float(time * video.time_base)}
+                    writers.write(source, picture, one, writers.next_frame(), frame)
         writers.say(f"{source} -> {path}" if write_frame else source)
     except (InputError, OSError) as error:
         writers.fail(error)
 
 
+@contextlib.contextmanager
+def stopped_by_ctrl_c(source, writers):
+    try:
+        yield
+    except KeyboardInterrupt:
+        writers.say(f"{source}: stopped")
+
+
 def frames_of(video, writers):
-    """((number from 1, time), picture) of a Video, until it ends, proves damaged or Ctrl-C comes."""
+    """((number from 1, time), picture) of a Video, until it ends, proves damaged or Ctrl-C comes while it is read."""
     try:
         for number, (picture, time) in enumerate(video, start=1):
             yield (number, time), picture
@@ -208,9 +223,18 @@ class Writers:
     def __init__(self, args, classes, sources):
         self.args, self.classes = args, classes
         self.photographs = {Path(source).resolve() for source in sources}
-        self.taken, self.coco, self.count, self.failures = set(), [], 0, 0
+        self.taken, self.coco, self.failures = set(), [], 0
+        self.last_id = len(sources)  # of COCO's: places of sources come first
+
+    def next_frame(self):
+        """The COCO id of another frame."""
+        self.last_id += 1
+        return self.last_id
 
     def __enter__(self):
+        for option, path in (("--json", self.args.json), ("--coco", self.args.coco)):
+            if path and (Path(path).suffix.lower() in IMAGE_SUFFIXES or is_video(path)):
+                raise InputError(f"{option} {path}: that is no file to write text to; name one before the pictures")
         self.stack = contextlib.ExitStack()
         self.lines = None
         if self.args.json:
@@ -223,7 +247,7 @@ class Writers:
 
     def __exit__(self, kind, error, traceback):
         self.stack.close()
-        if self.args.coco and kind is None:
+        if self.args.coco and kind in (None, KeyboardInterrupt):
             with written_whole(self.args.coco) as temporary:
                 Path(temporary).write_text(json.dumps(self.coco), encoding="utf-8")
 
@@ -231,9 +255,8 @@ class Writers:
         self.failures += 1
         tqdm.write(f"detect: {explain(error)}", file=sys.stderr)
 
-    def write(self, source, picture, found, frame=None):
-        """frame: of a video, {"frame": its number, "seconds": when}; its annotated copy goes elsewhere."""
-        self.count += 1
+    def write(self, source, picture, found, image_id, frame=None):
+        """image_id: COCO's. frame: of a video, its number and "seconds"; its annotated copy goes elsewhere."""
         found.source = source
         file_name = "stdin.jpg" if source == "-" else Path(source).name
         if frame:
@@ -252,7 +275,7 @@ class Writers:
                 self.save_crops(name, picture, found)
         except (InputError, OSError) as error:
             self.fail(error)
-        self.coco += found.to_coco(self.count)
+        self.coco += found.to_coco(image_id)
         if self.lines:
             print(json.dumps(found.to_dict() | (frame or {})), file=self.lines, flush=True)
         if not frame:
@@ -276,7 +299,7 @@ class Writers:
         for number, (box, _, _, label) in enumerate(found.rows(), start=1):
             left, top, right, bottom = (round(edge) for edge in box)
             part = picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-            self.save_picture(Path(self.args.crops) / label / f"{Path(name).stem}_{number}.jpg", part)
+            self.save_picture(Path(self.args.crops) / file_name_of(label) / f"{Path(name).stem}_{number}.jpg", part)
 
 
 def describe(found):
@@ -286,13 +309,15 @@ def describe(found):
 
 
 def free_name(file_name, taken):
-    """The file name, numbered if another photograph of this call has it already."""
+    """The file name, numbered if another photograph of this call has it already, with whatever ending (forms of answers
+    have their own) and in whatever case (which some file systems do not tell apart)."""
     path, number = Path(file_name), 1
-    while file_name in taken:
+    stem = path.stem
+    while stem.casefold() in taken:
         number += 1
-        file_name = f"{path.stem}_{number}{path.suffix}"
-    taken.add(file_name)
-    return file_name
+        stem = f"{path.stem}_{number}"
+    taken.add(stem.casefold())
+    return f"{stem}{path.suffix}"
 
 
 def picture_format(path):

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import torch
 
 from images import DataError
-from utils import written_whole
+from utils import file_name_of, written_whole
 
 
 def write_coco(path, data_list, detections):
@@ -38,7 +38,7 @@ def write_voc(folder, data_list, detections, split):
         for (x0, y0, x1, y1), score, label in _rows(result):
             lines[label].append(f"{name} {score:.6f} {x0 + 1:.3f} {y0 + 1:.3f} {x1:.3f} {y1:.3f}\n")
     for label, name in enumerate(data_list.classes, start=1):
-        with written_whole(Path(folder) / f"comp4_det_{split}_{name}.txt") as temporary:
+        with written_whole(Path(folder) / f"comp4_det_{split}_{file_name_of(name)}.txt") as temporary:
             Path(temporary).write_text("".join(lines[label]), encoding="utf-8")
 
 

@@ -237,11 +237,15 @@ def as_image(picture, name="from bytes", max_pixels=MAX_PIXELS):
             raise DataError(f"a picture of {picture.width} x {picture.height} pixels is refused: shrink it")
         try:
             return to_rgb(ImageOps.exif_transpose(picture))
-        except (OSError, ValueError, SyntaxError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # as in open_image
             raise DataError(f"a picture is damaged: {error}") from error
     if isinstance(picture, torch.Tensor):
         if picture.dim() != 3 or picture.shape[0] not in (1, 3):
             raise InputError(f"a tensor of shape {tuple(picture.shape)} is no picture: (3, H, W) or (1, H, W)")
+        if picture.is_floating_point():
+            picture = picture.float()  # numpy knows no bfloat16
         picture = picture.detach().cpu().permute(1, 2, 0).numpy()
     if isinstance(picture, np.ndarray):
         return _from_array(picture)

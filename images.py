@@ -9,7 +9,12 @@ from PIL import Image, ImageOps
 from augment import FILL, resize
 from utils import InputError
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
+
+
+Image.init()
+FORMATS = [name for name in Image.ID if name != "EPS"]  # for that one PIL starts Ghostscript, and waits for it
 
 
 class DataError(InputError):
@@ -28,7 +33,7 @@ def open_image(path, name=None, max_pixels=MAX_PIXELS):
     """
     file, path = path, name or path
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
             yield image
@@ -38,9 +43,9 @@ def open_image(path, name=None, max_pixels=MAX_PIXELS):
         raise DataError(f"image {path} is no image that can be read", "file is no image") from None
     except Image.DecompressionBombError as error:  # raised before anything is decoded
         raise DataError(f"image {path} is refused, shrink it or cut it up: {error}", "image too large") from None
-    except DataError:
+    except (DataError, MemoryError):
         raise
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise nearly anything: struct.error, TypeError, RuntimeError
         raise DataError(f"image {path} is damaged: {error}", "image damaged") from error
 
 

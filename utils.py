@@ -179,6 +179,17 @@ def hash_file(path):
     return digest.hexdigest()
 
 
+def print_anything():
+    """From now on, characters that the output's encoding lacks are printed as escapes, and end no run."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def file_name_of(text):
+    """A text, as a class's name, as a file name of any system: what has a meaning in paths becomes an underscore."""
+    return re.sub(r"[^\w .+-]", "_", text).strip(" .") or "_"
+
+
 @contextlib.contextmanager
 def written_whole(path):
     """Yields a temporary path beside `path`; moves it there when the block ends well, else leaves `path` as it was."""

@@ -1,6 +1,7 @@
 """Video files and cameras as pictures, one after the other, and annotated ones as a video file again.
 
-Needs PyAV: pip install av. A camera is camera:0 (the first one), or camera: and the device's name.
+Needs PyAV: pip install av. A camera is camera:0 (the first one); on macOS also camera: and a device's name, on Windows
+only that.
 """
 
 import contextlib
@@ -50,14 +51,19 @@ class Video:
         self.rate = self._stream.average_rate or Fraction(25)
 
     def __iter__(self):
-        """(RGB PIL image, upright; its time in units of time_base); DataError where the file is damaged."""
-        av, count = need_av(), 0
+        """(RGB PIL image, upright; its time in units of time_base, ever later); DataError where the file is damaged."""
+        av, count, time = need_av(), 0, None
+        step = max(1, round(1 / (self.rate * self.time_base)))
         with self._container:
             try:
                 for frame in self._container.decode(self._stream):
                     count += 1
-                    picture = frame.to_image()
-                    yield (picture.rotate(frame.rotation, expand=True) if frame.rotation else picture), frame.pts
+                    picture, before = frame.to_image(), time
+                    time = frame.pts  # which damaged and old files leave out, or give out of order
+                    if before is not None and (time is None or time <= before):
+                        time = before + (step if time is None else 1)
+                    time = time or 0
+                    yield (picture.rotate(frame.rotation, expand=True) if frame.rotation else picture), time
             except av.FFmpegError as error:
                 raise DataError(f"video {self.source} is damaged after frame {count}: {error}") from error
 
@@ -66,17 +72,16 @@ class Video:
 def written_video(path, like):
     """For a with block: a function(picture, time) that adds a frame to the file, at the times of the Video `like`.
 
-    The file is there, whole, when the block ends well; DataError if no frame came.
+    The file is there, whole, when the block ends well; DataError if no frame came, or FFmpeg cannot write it.
     """
     av, container, stream = need_av(), None, None
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(written_whole(path))
+    with written_whole(path) as temporary, contextlib.ExitStack() as stack:
 
         def write(picture, time):
             nonlocal container, stream
             width, height = (side // 2 * 2 for side in picture.size)  # what the encoders take
             if container is None:
-                container = av.open(temporary, "w", format="mp4")
+                container = stack.enter_context(av.open(temporary, "w", format="mp4"))
                 encoder = next(name for name in ENCODERS if name in av.codecs_available)
                 stream = container.add_stream(encoder, rate=like.rate)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -85,8 +90,10 @@ def written_video(path, like):
             frame.pts, frame.time_base = time, like.time_base
             container.mux(stream.encode(frame))
 
-        yield write
-        if container is None:
-            raise DataError(f"video {like.source} has no picture that can be read")
-        container.mux(stream.encode())
-        container.close()
+        try:
+            yield write
+            if container is None:
+                raise DataError(f"video {like.source} has no picture that can be read")
+            container.mux(stream.encode())
+        except av.FFmpegError as error:
+            raise DataError(f"video {path} cannot be written: {error}") from error

@@ -1,6 +1,8 @@
 """The published usage in a fresh process, the command line, and pictures that people can read."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +106,54 @@ def test_photographs_are_never_overwritten(folder, tmp_path, capsys):
             + ["--checkpoint", str(folder / "small.pth.tar"), "--out", str(tmp_path)]
         )
     assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--json", "--coco"])
+def test_a_photograph_is_no_file_for_answers(folder, tmp_path, option):
+    """--json *.jpg, which the shell makes --json 1.jpg 2.jpg of."""
+    paths = [tmp_path / f"{n}.jpg" for n in range(2)]
+    for path in paths:
+        shutil.copy(folder / "photo.jpg", path)
+    before = paths[0].read_bytes()
+    with pytest.raises(SystemExit, match=rf"{option} .*0\.jpg: that is no file to write text to"):
+        main(["--checkpoint", str(folder / "small.pth.tar"), "--no-pictures", option, *map(str, paths)])
+    assert paths[0].read_bytes() == before
+
+
+def test_odd_pictures_and_names_stop_nothing(folder, tmp_path, capsys, monkeypatch):
+    """EXIF that makes PIL's reader raise struct.error; a picture that is a program for Ghostscript; a name beyond the
+    output's encoding."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # turned; then a tag of no sense
+    exif += b"\x01\x19\0\x05\0\0\0\x01\0\0\0&\0\0\0\0\0\0\0H\0\0\0\x01"
+    Image.open(folder / "photo.jpg").save(tmp_path / "1.jpg", exif=exif)
+    (tmp_path / "2.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    shutil.copy(folder / "photo.jpg", tmp_path / "\u732b.jpg")
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", started.append)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    with pytest.raises(SystemExit):
+        main(
+            [str(tmp_path), "--checkpoint", str(folder / "small.pth.tar"), "--no-pictures"]
+            + ["--coco", str(tmp_path / "found.json")]
+        )
+    said = capsys.readouterr().err
+    assert "1.jpg is damaged" in said
+    assert "2.jpg is no image that can be read" in said
+    assert not started
+    sys.stdout.flush()
+    assert rb"\u732b.jpg: " in sys.stdout.buffer.getvalue()
+    assert {row["image_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {3}
+
+
+def test_class_names_are_no_paths(folder, tmp_path):
+    checkpoint = save_sure_network(tmp_path / "hostile.pth.tar", ("../../escaped", "a:b"))
+    arguments = ["--no-pictures", "--crops", str(tmp_path / "in" / "crops"), "--min-score", "0.1"]
+    main([str(folder / "photo.jpg"), "--checkpoint", str(checkpoint), *arguments])
+    assert {path.name for path in (tmp_path / "in" / "crops").iterdir()} <= {"_.._escaped", "a_b"}
+    assert {path.name for path in (tmp_path / "in").iterdir()} == {"crops"}
+    assert not (tmp_path / "escaped").exists()
 
 
 def test_every_form_of_answer(folder, tmp_path, capsys):
@@ -226,3 +276,4 @@ def test_colours_differ():
 def test_names_are_not_taken_twice():
     taken = set()
     assert [free_name("a.jpg", taken) for _ in range(3)] == ["a.jpg", "a_2.jpg", "a_3.jpg"]
+    assert [free_name(name, taken) for name in ("a.png", "A.JPG", "b.c.jpg")] == ["a_4.png", "A_5.JPG", "b.c.jpg"]

@@ -1,6 +1,7 @@
 """Videos through the command line: every frame answered, annotated ones in a file of the same length and times."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from PIL import Image
 from sure_network import save_sure_network
 
 from detect import main
-from detector import load_detector
-from video import Video
+from detector import Detector, load_detector
+from images import DataError
+from video import Video, written_video
 
 av = pytest.importorskip("av")
 
@@ -82,6 +84,65 @@ def test_a_video_is_never_written_over(folder, capsys):
         run(folder, folder, folder / "clip.mp4")
     assert "is itself one of the photographs" in capsys.readouterr().err
     assert (folder / "clip.mp4").read_bytes() == before
+
+
+def test_ctrl_c_while_the_network_looks_keeps_what_there_is(folder, tmp_path, monkeypatch):
+    predict, asked = Detector.predict, []
+
+    def interrupted(self, *arguments, **named):
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return predict(self, *arguments, **named)
+
+    monkeypatch.setattr(Detector, "predict", interrupted)
+    run(folder, tmp_path, folder / "clip.mp4", "--batch-size", "2", "--coco", tmp_path / "found.json")
+    monkeypatch.undo()
+    assert len(read(tmp_path / "clip.mp4")) == 4
+    assert {row["image_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {2, 3, 4, 5}
+
+
+def test_videos_of_one_name_are_both_kept(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(folder / "clip.mp4", tmp_path / "other")
+    run(folder, tmp_path / "out", folder / "clip.mp4", tmp_path / "other" / "clip.mp4")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "clip_2.mp4", "found.jsonl"]
+
+
+def test_times_that_are_missing_or_out_of_order_are_mended(folder, tmp_path):
+    """Frames with the times None, 3, 1, None: written files need each later than the one before."""
+    video = Video(str(folder / "clip.mp4"))
+    frame = next(av.open(str(folder / "clip.mp4")).decode(video=0))
+    step = round(1 / (video.rate * video.time_base))
+
+    class Container:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def decode(self, _):
+            for time in (None, 3, 1, None):
+                frame.pts = time
+                yield frame
+
+    video._container = Container()
+    assert [time for _, time in video] == [0, 3, 4, 4 + step]
+
+
+def write_at_one_time(video, path):
+    """Which FFmpeg refuses."""
+    with written_video(path, video) as write:
+        for picture, _ in video:
+            write(picture, 5)
+
+
+def test_a_video_that_cannot_be_written_is_said(folder, tmp_path):
+    video = Video(str(folder / "clip.mp4"))
+    with pytest.raises(DataError, match=r"out\.mp4 cannot be written"):
+        write_at_one_time(video, tmp_path / "out.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_keeps_what_there_is(folder, tmp_path, monkeypatch):
