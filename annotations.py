@@ -20,7 +20,7 @@ from defusedxml import DefusedXmlException
 from torchvision.datasets import VOCDetection
 
 from data_check import Problem, RawObject, Record
-from images import DataError
+from images import IMAGE_SUFFIXES, DataError
 
 # fmt: off
 VOC_CLASSES = (
@@ -29,7 +29,7 @@ VOC_CLASSES = (
 )
 # fmt: on
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+VOC_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 DOWNLOADS = {"voc2007": ("trainval", "test"), "voc2012": ("trainval",)}  # the image sets that have archives
 
 
@@ -70,15 +70,19 @@ def read_voc(folders, name, unlabelled=False):
     # One folder's photographs lie in it; several folders' are named from where they all lie.
     image_root = folders[0] / "JPEGImages"
     if len(folders) > 1:
-        image_root = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+        folders = [folder.resolve() for folder in folders]
+        try:
+            image_root = Path(os.path.commonpath(folders))
+        except ValueError:  # Windows
+            raise DataError(f"{folders[0]} and the other folders have to be on one drive") from None
     found = Found(name, image_root, [])
     for folder, split_file in zip(folders, split_files, strict=True):
         if not split_file.is_file():
             print(f"note: {folder} has no split {name!r}")
             continue
         # VOC's lists of one class have a flag behind the name; other people's names have spaces.
-        annotations, lines = folder / "Annotations", read_lines(split_file)
-        names = [line if (annotations / f"{line}.xml").is_file() else line.split()[0] for line in lines]
+        lines = read_lines(split_file)
+        names = [line if is_name(folder, line) else line.split()[0] for line in lines]
         for image_name, count in Counter(names).items():
             if count > 1:
                 found.problems.append(Problem("image named twice", f"{split_file} names {image_name} {count} times"))
@@ -88,6 +92,13 @@ def read_voc(folders, name, unlabelled=False):
     return found
 
 
+def is_name(folder, line):
+    """Whether a whole line of an image set is a name, of an annotation or an image."""
+    if (folder / "Annotations" / f"{line}.xml").is_file():
+        return True
+    return any((folder / "JPEGImages" / f"{line}{ending}").is_file() for ending in VOC_ENDINGS)
+
+
 def read_voc_record(folder, image_name, image_root, unlabelled=False):
     """A Record of Annotations/NAME.xml and the image of the same name; DataError names what is wrong."""
     annotation = folder / "Annotations" / f"{image_name}.xml"
@@ -95,9 +106,9 @@ def read_voc_record(folder, image_name, image_root, unlabelled=False):
     size, objects = (None, []) if without else parse_voc_xml(annotation)
     # By the split's own name for it: <filename> is often wrong in folders that somebody renamed.
     stem = folder / "JPEGImages" / image_name
-    path = next((path for ending in IMAGE_ENDINGS if (path := Path(f"{stem}{ending}")).is_file()), None)
+    path = next((path for ending in VOC_ENDINGS if (path := Path(f"{stem}{ending}")).is_file()), None)
     if path is None:
-        raise DataError(f"{stem} with any of {', '.join(IMAGE_ENDINGS)}", "image missing")
+        raise DataError(f"{stem} with any of {', '.join(VOC_ENDINGS)}", "image missing")
     return Record(_relative(path, image_root), str(annotation), objects, size)
 
 
@@ -191,6 +202,11 @@ def read_coco(files, names, image_folders=None):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no COCO JSON file ({type(error).__name__}: {error})") from error
         for category, category_id in categories.items():
+            other = next((name for name, one in known.items() if one == category_id and name != category), None)
+            if other is not None:
+                raise DataError(
+                    f"{path} gives category {category!r} the id that {files[0]} gives {other!r}: {category_id}"
+                )
             if known.setdefault(category, category_id) != category_id:
                 raise DataError(
                     f"{path} gives category {category!r} the id {category_id}, {files[0]} {known[category]}"
@@ -208,6 +224,8 @@ def read_coco_file(path, content, split, folder):
     records = {}
     for image in content["images"]:
         size = (image["height"], image["width"]) if "height" in image and "width" in image else None
+        if size and not all(isinstance(side, int | float) for side in size):
+            raise DataError(f"{path}: image {image['id']!r} has a size that is no number: {size[1]!r} x {size[0]!r}")
         record = Record(image["file_name"], str(path), [], size, image_id=image["id"])
         if records.setdefault(image["id"], record) is not record:
             raise DataError(f"{path} gives two images the id {image['id']!r}")
@@ -249,12 +267,13 @@ def read_yolo(path, names):
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        classes = content["names"]
+        names_given = content["names"]
+        pairs = enumerate(names_given) if isinstance(names_given, list) else names_given.items()
+        classes = {int(number): name for number, name in pairs}
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no data.yaml with `names`: {error!s:.300}") from error
-    classes = dict(enumerate(classes)) if isinstance(classes, list) else {int(k): v for k, v in classes.items()}
     root = path.parent / str(content.get("path") or ".")
     found = []
     for name in names:
@@ -273,7 +292,7 @@ def read_yolo(path, names):
 def yolo_images(yaml_path, place):
     """The images that one entry of a data.yaml means."""
     if place.is_dir():
-        return sorted(file for file in place.rglob("*") if file.suffix in IMAGE_ENDINGS)
+        return sorted(file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if place.suffix == ".txt" and place.is_file():
         return [place.parent / line for line in read_lines(place)]
     raise DataError(f"{yaml_path} names {place}, which is neither a folder nor a text file")

@@ -32,7 +32,7 @@ from gradio.utils import get_upload_folder
 
 from detector import MIN_SCORE, RUNTIMES, as_image, load_detector
 from draw import annotate
-from images import DataError
+from images import MAX_PIXELS, DataError
 from model import DEFAULT_CHECKPOINT
 from utils import InputError, class_colour, explain, whole_number
 
@@ -67,7 +67,10 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--runtime", default="auto", choices=RUNTIMES)
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.max_megapixels * 10**6 > MAX_PIXELS:
+        parser.error(f"--max-megapixels can be {MAX_PIXELS // 10**6} at most")
+    return args
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,7 @@ CSS = """
 """
 
 KNOBS = (  # name, (least, most, at first), step, what it does
-    ("min_score", (0.01, 1, MIN_SCORE), 0.01, "what scores at least this is shown"),
+    ("min_score", (0.01, 1, MIN_SCORE), 0.01, "what scores more than this is shown"),
     ("max_overlap", (0, 1, 0.5), 0.01, "a box goes if its IoU with a better one of its class is above this"),
     ("top_k", (1, 200, 200), 1, "at most so many objects"),
 )

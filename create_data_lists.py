@@ -33,7 +33,7 @@ from data_check import (
     write_report,
 )
 from images import DataError
-from utils import InputError, in_threads, whole_number, written_whole
+from utils import InputError, in_threads, print_anything, whole_number, written_whole
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Classes:
 
 def main(argv=None):
     args = parse_args(argv)
+    print_anything()
     try:
+        check_sources_stay(args)
         if args.download:
             args.voc = [download_voc(name, Path(args.root)) for name in args.download]
         known = None  # classes that the data itself names, with their ids
@@ -96,6 +98,14 @@ def parse_args(argv):
     return args
 
 
+def check_sources_stay(args):
+    """DataError if a list would be written over a file that it is made from."""
+    written = [Path(args.out) / name for name in (*(f"{split}.json" for split in args.splits), "check.json")]
+    for path in args.coco or ():
+        if path.resolve() in {one.resolve() for one in written}:
+            raise DataError(f"{path} would be written over: choose another --out")
+
+
 def create_data_lists(found, out, known=None, class_file=None, strict=False, image_size=300):
     """Checks what the readers found and writes out/SPLIT.json for each split, all or none, and out/check.json, .png.
 
@@ -103,6 +113,9 @@ def create_data_lists(found, out, known=None, class_file=None, strict=False, ima
     DataError where a list cannot be made, or must not be for being `strict`.
     """
     splits = [check_split(part, image_size) for part in found]
+    if not any(split.images for split in splits):
+        problems = [problem for split in splits for problem in split.problems]
+        raise DataError(f"no image can be used ({len(problems)} problems): {problems[0].kind}: {problems[0].where}")
     classes = choose_classes(splits, known, class_file)
     splits = finish_splits(splits, classes.names, classes.sources)
     report = describe_splits(splits, classes.names, image_size)

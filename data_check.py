@@ -131,7 +131,7 @@ def check_image(record, image_root, image_size=300):
     problems = list(record.problems)
     path = image_root / record.file_name
     try:
-        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(image_root)):
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(image_root)):
             raise DataError(f"{path} is not below {image_root}", "image outside the image folder")
         with open_image(path) as image:
             problems += [Problem(kind, str(path)) for kind in kinds_of_image(image)]
@@ -250,11 +250,16 @@ def finish_splits(splits, classes, sources):
                 sentence = f"{image.file_name} has the pixels of {seen[image.digest]}"
                 problems.append(Problem("image twice in the split", sentence))
             seen[image.digest] = image.file_name
-            objects = [one._replace(name=sources[one.name]) for one in image.objects if one.name in sources]
+            objects = {}  # by name and box: classes that were joined may have both marked one object
             for one in image.objects:
+                sentence = f"{image.file_name}: {one.name} {one.said or one.box}"
                 if one.name not in sources:
-                    sentence = f"{image.file_name}: {one.name} {one.said or one.box}"
                     problems.append(Problem("class that was not chosen", sentence))
+                elif (sources[one.name], one.box) in objects:
+                    problems.append(Problem("object twice", sentence))
+                else:
+                    objects[sources[one.name], one.box] = one._replace(name=sources[one.name])
+            objects = list(objects.values())
             if not objects:
                 problems.append(Problem("image without objects", image.file_name))
             images.append(replace(image, objects=objects))
@@ -413,5 +418,5 @@ def draw_report(report, path):
 def write_report(report, out):
     """check.json and check.png in the folder `out`."""
     with written_whole(out / "check.json") as temporary:
-        Path(temporary).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(temporary).write_text(json.dumps(report, indent=1), encoding="utf-8")
     draw_report(report, out / "check.png")

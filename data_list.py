@@ -141,7 +141,7 @@ class DataList:
             return cls._from_coco(path, content, images)
         except DataError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise DataError(f"{path} is no COCO JSON data list ({type(error).__name__}: {error})") from error
 
     @classmethod

@@ -93,7 +93,19 @@ def parse_args(argv):
     parser.add_argument("--workers", type=whole_number(0), default=2)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compare:
+        refuse(parser, args, "--compare", ("report", "json", "save_detections", "voc_files", "voc_overlaps"))
+    elif args.detections:
+        refuse(parser, args, "--detections", ("flip", "min_score", "max_overlap", "top_k", "batch_size"))
+    return args
+
+
+def refuse(parser, args, option, others):
+    """Ends the program where options were given that have no meaning beside another one."""
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) != parser.get_default(name)]
+    if given:
+        parser.error(f"{option} takes no {', '.join(given)}")
 
 
 def obtain_saved(path, data_list, args):

@@ -80,7 +80,10 @@ def parse_args(argv):
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
     parser.add_argument("--count", type=whole_number(1), default=32, help="images to compare outputs on")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.int8 and "openvino" not in args.to:
+        parser.error("--int8 is for --to openvino")
+    return args
 
 
 def path_of(args, kind):

@@ -218,7 +218,7 @@ def best_f1(scores, status, num_objects):
     """The min_score with the highest F1 (2 x right / (shown + objects)) over all classes, for who looks at detections.
 
     scores (n,) and status (n,) as of match_voc, in any order. Returns a dict of min_score, f1, precision and recall, of
-    equals the highest score; None if no detection or no object counts.
+    equals the highest score; None if no detection or no object counts. What scores more than min_score is shown.
     """
     counted = status >= 0
     order = np.argsort(-scores[counted], kind="stable")
@@ -229,7 +229,8 @@ def best_f1(scores, status, num_objects):
     f1 = 2 * true_so_far / (np.arange(1, len(scores) + 1) + num_objects)
     cuts = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))  # equal scores are shown together
     best = cuts[np.argmax(f1[cuts])]
-    numbers = {"min_score": scores[best], "f1": f1[best], "precision": precision[best]}
+    below = np.nextafter(np.float32(scores[best]), np.float32(0))  # what decoding compares, in float32
+    numbers = {"min_score": below, "f1": f1[best], "precision": precision[best]}
     return {name: float(value) for name, value in numbers.items()} | {"recall": float(true_so_far[best] / num_objects)}
 
 

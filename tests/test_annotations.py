@@ -152,6 +152,34 @@ def test_classes_are_chosen_and_joined(tmp_path, capsys):
     assert "lorry, of which the data has no object" in capsys.readouterr().err
 
 
+def test_classes_that_are_joined_mark_an_object_once(tmp_path):
+    (tmp_path / "classes.txt").write_text("vehicle = car, bus\n")
+    names = [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}]
+    both = [{"id": n, "image_id": 5, "category_id": n, "bbox": [1, 1, 5, 5]} for n in (1, 2)]
+    arguments = write_coco(tmp_path / "x.json", categories=names, annotations=both)
+    main([*arguments, "--classes", str(tmp_path / "classes.txt")])
+    assert len(listed(tmp_path / "out")["annotations"]) == 1
+    assert len(problems(tmp_path / "out")["object twice"]) == 1
+
+
+def test_coco_files_are_not_written_over(tmp_path):
+    arguments = write_coco(tmp_path / "train.json")
+    before = (tmp_path / "train.json").read_bytes()
+    arguments[arguments.index("--out") + 1] = str(tmp_path)
+    with pytest.raises(SystemExit, match=r"train\.json would be written over"):
+        main(arguments)
+    assert (tmp_path / "train.json").read_bytes() == before
+
+
+def test_coco_files_of_other_categories_are_refused(tmp_path):
+    """One id for two names, which a list could not hold."""
+    for split, name in (("train", "cat"), ("val", "dog")):
+        write_coco(tmp_path / f"{split}.json", categories=[{"id": 1, "name": name}], annotations=[])
+    files = [str(tmp_path / f"{split}.json") for split in ("train", "val")]
+    with pytest.raises(SystemExit, match=r"val\.json gives category 'dog' the id that .*train\.json gives 'cat': 1"):
+        main(["--coco", *files, "--out", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("text", ["", "dog\ndog\n", "a = x\nb = x\n", "a = \n", "= a\n"])
 def test_bad_class_files_are_refused(tmp_path, text):
     (tmp_path / "classes.txt").write_text(text)
@@ -185,6 +213,7 @@ def test_coco_annotations_that_are_left_out(tmp_path, entry, kind):
         ({"images": []}, "lists no image"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "two categories the same id"),
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "two images the id 1"),
+        ({"images": [{"id": 1, "file_name": "a", "width": 9, "height": "9"}]}, "a size that is no number: 9 x '9'"),
         ({"images": [{"id": 1}]}, "no COCO JSON file .*file_name"),
     ],
 )
@@ -241,6 +270,14 @@ def test_yolo_labels(tmp_path):
     assert "short.txt" in found["annotation incomplete"][0]
 
 
+def test_yolo_images_have_any_ending_that_is_read(tmp_path):
+    arguments = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2 0.4\n", "b": ""})
+    for name, ending in (("c", "png"), ("d", "Bmp"), ("e", "webp"), ("f", "TIF")):
+        Image.open(tmp_path / "images" / "a.jpg").rotate(ord(name)).save(tmp_path / "images" / f"{name}.{ending}")
+    main(arguments)
+    assert len(listed(tmp_path / "out")["images"]) == 6
+
+
 def test_yolo_lists_of_images_and_named_classes(tmp_path):
     arguments = write_yolo(tmp_path, {"a": "3 0.5 0.5 0.2 0.4\n", "b": ""})
     (tmp_path / "train.txt").write_text("./images/b.jpg\nimages/a.jpg\nimages/a.jpg\n")
@@ -257,6 +294,8 @@ def test_yolo_lists_of_images_and_named_classes(tmp_path):
         ("names: [a]\n", "no split 'train' in .*data.yaml"),
         ("names: [a]\ntrain: nowhere\n", "nowhere, which is neither a folder nor a text file"),
         ("train: images\n", "no data.yaml with `names`"),
+        ("names: {cat: 0}\ntrain: images\n", "no data.yaml with `names`"),
+        ("names: cat\ntrain: images\n", "no data.yaml with `names`"),
         ("names: [a\n", "no data.yaml with `names`"),
         ("names: [a]\ntrain: labels\n", "split 'train' is empty"),
     ],

@@ -194,7 +194,7 @@ def test_missing_and_empty_splits(tmp_path):
         list_voc(tmp_path / "voc", ["train", "val"], tmp_path)
     assert not (tmp_path / "train.json").exists()  # all or none
     (tmp_path / "voc" / "JPEGImages" / "a.jpg").unlink()
-    with pytest.raises(DataError, match=r"no image has an object"):
+    with pytest.raises(DataError, match=r"no image can be used \(1 problems\): image missing: .*a with any of"):
         list_voc(tmp_path / "voc", ["train"], tmp_path)
     with pytest.raises(DataError, match="no VOC folder"):
         list_voc(tmp_path, ["train"], tmp_path)
@@ -226,11 +226,26 @@ def test_several_voc_folders_become_one_list(tmp_path, capsys):
     assert data_list.read_image(1).size == (90, 70)
 
 
+def test_voc_folders_may_be_links(tmp_path):
+    for name in ("VOC1", "VOC2"):
+        add_image(tmp_path / "disk" / name, name, [("dog", 1, 1, 50, 50, 0)])
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    main(["--voc", *(str(tmp_path / n) for n in ("VOC1", "VOC2")), "--splits", "train", "--out", str(tmp_path / "out")])
+    assert len(listed(tmp_path / "out")["images"]) == 2
+
+
+def test_unlabelled_names_may_have_spaces(tmp_path):
+    add_image(tmp_path / "voc", "two words", [], split="test")
+    (tmp_path / "voc" / "Annotations" / "two words.xml").unlink()
+    main(["--voc", str(tmp_path / "voc"), "--splits", "test", "--out", str(tmp_path / "out"), "--unlabelled"])
+    assert listed(tmp_path / "out", "test")["images"][0]["file_name"] == "two words.jpg"
+
+
 def test_unlabelled_images_can_be_listed(tmp_path):
     add_image(tmp_path / "voc", "a", [("dog", 1, 1, 50, 50, 0)], split="test")
     (tmp_path / "voc" / "Annotations" / "a.xml").unlink()
     arguments = ["--voc", str(tmp_path / "voc"), "--splits", "test", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="no image has an object"):
+    with pytest.raises(SystemExit, match=r"no image can be used \(1 problems\): .*a\.xml"):
         main(arguments)
     main([*arguments, "--unlabelled"])
     content = listed(tmp_path / "out", "test")

@@ -127,6 +127,19 @@ def test_other_classes_are_refused(drawn, tmp_path):
         main([str(tmp_path / "x.pth.tar"), "--data", str(drawn)])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--compare", "a", "b", "--json", "x", "--report", "y"], "--compare takes no --report, --json"),
+        (["--detections", "a", "--flip", "--min-score", "0.1"], "--detections takes no --flip, --min-score"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_bad_files_are_named(checkpoint, tmp_path, drawn, monkeypatch):
     with pytest.raises(SystemExit, match=r"no data list .*test\.json"):
         main([str(checkpoint), "--data", str(drawn), "--split", "test"])
