@@ -12,9 +12,7 @@ from utils import InputError
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
 
-
-Image.init()
-FORMATS = [name for name in Image.ID if name != "EPS"]  # for that one PIL starts Ghostscript, and waits for it
+Image.init()  # all of PIL's formats are known from here on
 
 
 class DataError(InputError):
@@ -33,7 +31,8 @@ def open_image(path, name=None, max_pixels=MAX_PIXELS):
     """
     file, path = path, name or path
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        formats = [name for name in Image.ID if name != "EPS"]  # for that one PIL starts Ghostscript, and waits for it
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
             yield image

@@ -154,7 +154,8 @@ def make_config(args):
             raise InputError(f"{name} is {getattr(config, name)}; it must be at least {least}")
     for name in ("lr", "clip_norm"):
         if not getattr(config, name) > 0:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0 (clip_norm=1e9 clips nothing)")
+            hint = "; 1e9 clips nothing" if name == "clip_norm" else ""
+            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0{hint}")
     if not all(0 <= milestone <= 1 for milestone in config.milestones):
         raise InputError(f"milestones are {config.milestones}; they are shares of the training, in 0..1")
     for name, known in CHOICES.items():

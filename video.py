@@ -95,5 +95,6 @@ def written_video(path, like):
             if container is None:
                 raise DataError(f"video {like.source} has no picture that can be read")
             container.mux(stream.encode())
+            container.close()
         except av.FFmpegError as error:
             raise DataError(f"video {path} cannot be written: {error}") from error
