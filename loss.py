@@ -105,6 +105,12 @@ def match(priors, batch, rule=overlap_rule, difficult_positive=True):
 def _claim_priors(iou):
     """iou (B, N, P), -1 in the rows of objects that claim none -> the prior each object claims (B, N), or -1.
 
+    Of one image, as a loop:
+
+        while there is an iou[n, p] >= 0 of an object and a prior that are both free:
+            n, p = those of the highest (of equals the first)
+            claimed[n] = p, and neither is free any more
+
     The others of an image take at most N - 1 priors, so an object finds its own among its best N: the greedy choice,
     one pair an image at a time, runs on (B, N, N) and not on all priors.
     """

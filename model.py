@@ -118,10 +118,15 @@ def make_priors(config, level_sides):
     for itself alone.
     """
     priors = []
-    next_scales = (*config.scales[1:], config.last_square**2 / config.scales[-1] or 1.0)
-    levels = zip(level_sides, config.scales, next_scales, config.aspect_ratios, strict=True)
-    for (height, width), scale, next_scale, ratios in levels:
-        shapes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
+    larger = [
+        math.sqrt(scale * next_scale)
+        for scale, next_scale in zip(config.scales, (*config.scales[1:], 1.0), strict=True)
+    ]
+    if config.last_square:
+        larger[-1] = config.last_square
+    levels = zip(level_sides, config.scales, larger, config.aspect_ratios, strict=True)
+    for (height, width), scale, larger_scale, ratios in levels:
+        shapes = [(scale, scale), (larger_scale, larger_scale)]
         for ratio in ratios:
             long, short = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
             shapes += [(long, short)] if config.single_ratios else [(long, short), (short, long)]
