@@ -1,4 +1,5 @@
-"""torch.hub's door to the project, for code that does not live in this folder.
+"""torch.hub's door to the project, for code that does not live in this folder, and has not imported modules of its own
+by the names of ours (model, utils, images, ...): Python knows one of a name.
 
 detector = torch.hub.load("path/to/this/folder", "detector", source="local")
 found = detector.predict("photo.jpg", min_score=0.4)
