@@ -46,7 +46,7 @@ from eval import Predictor, predict
 from images import DataError
 from metrics import compute_metrics, rank
 from recipe import TrainConfig, lite
-from run import as_builtins, newest_checkpoint
+from run import as_builtins, holds_a_run, newest_checkpoint
 from train import load_lists, train
 from utils import InputError, explain, hash_file, pick_device, pick_precision, set_fields, written_whole
 
@@ -256,10 +256,7 @@ def changes_of(name):
 
 def train_ours(config, folder):
     """(predict_fn of the last epoch's averaged weights, minutes of training)"""
-    resume = any(folder.glob("*.pth.tar"))
-    if not resume:  # killed before its first checkpoint
-        (folder / "config.json").unlink(missing_ok=True)
-    train(config, resume)
+    train(config, resume=holds_a_run(folder))
     _, checkpoint = newest_checkpoint(folder)
     if len(checkpoint["log"]) < config.epochs:
         sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")

@@ -184,6 +184,12 @@ def test_comparison_sees_another_network(folder, tmp_path):
     assert compare(detectors[0], detectors[0])["largest"] == {"score": 0, "box": 0}
 
 
+def test_8_bits_are_for_openvino(capsys):
+    with pytest.raises(SystemExit):
+        main(["x.pth.tar", "--int8", "x.json"])
+    assert "--int8 is for --to openvino" in capsys.readouterr().err
+
+
 def test_bad_files_are_named(folder, tmp_path):
     for suffix in (".onnx", ".xml"):
         (tmp_path / f"bad{suffix}").write_text("hello")
