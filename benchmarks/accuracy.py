@@ -135,7 +135,11 @@ def main(argv=None):
 
 def lists_of(stage, data):
     """Folder with the lists train and val of a stage; DataError if train, screening and val share a photograph."""
-    parts = {name: json.loads((data / f"{name}.json").read_text(encoding="utf-8")) for name in ("train", "val")}
+    paths = {name: data / f"{name}.json" for name in ("train", "val")}
+    for path in paths.values():
+        if not path.is_file():
+            raise DataError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+    parts = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     # VOC2012's photographs are called by their year, VOC2007's and COCO's are not.
     of_voc2012 = [i["id"] for i in parts["train"]["images"] if re.match(r"20\d\d_", i["file_name"])]
     if len(of_voc2012) < SCREENING_IMAGES:
