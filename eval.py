@@ -5,6 +5,7 @@
     python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
     python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
     python eval.py --detections detections.json --data data/vocreal       # anybody's, in COCO's result format
+    python eval.py runs/lite/best.pth.tar --data data/vocreal --at-scores 0.25 0.4  # precision and recall above these
     python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
 
 `evaluate` scores whatever predicts, for training too.
@@ -26,7 +27,7 @@ import intervals
 from data_list import DataList
 from datasets import DetectionDataset, make_loader
 from detections import read_coco, write_coco, write_voc
-from detector import load_detector, runtime_of
+from detector import MIN_SCORE, load_detector, runtime_of
 from images import DataError
 from metrics import compute_metrics, rank, score
 from model import DEFAULT_CHECKPOINT, postprocess
@@ -47,7 +48,9 @@ def main(argv=None):
             detections, told = obtain(args.checkpoint, data_list, args)
         start = time.perf_counter()
         ranked = rank(data_list, detections)
-        metrics = score(data_list, ranked, sorted({0.5, *args.voc_overlaps})) | told
+        lowest = 0 if args.detections else args.min_score  # below it nothing was decoded
+        at_scores = sorted({max(one, lowest) for one in args.at_scores})
+        metrics = score(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | told
         metrics["seconds"]["score"] = time.perf_counter() - start
         if args.intervals:
             matched = intervals.match(data_list, ranked)
@@ -80,6 +83,9 @@ def parse_args(argv):
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
     parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoUs at which VOC is scored")
+    parser.add_argument(
+        "--at-scores", type=float, nargs="+", default=[MIN_SCORE], help="precision and recall of what scores more"
+    )
     parser.add_argument("--report", metavar="FILE", help="gets the numbers as a web page with charts and pictures")
     parser.add_argument("--json", metavar="FILE", help="gets the numbers")
     parser.add_argument("--save-detections", metavar="FILE", help="gets the detections in COCO's result format")
@@ -95,7 +101,8 @@ def parse_args(argv):
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     args = parser.parse_args(argv)
     if args.compare:
-        refuse(parser, args, "--compare", ("report", "json", "save_detections", "voc_files", "voc_overlaps"))
+        others = ("report", "json", "save_detections", "voc_files", "voc_overlaps", "at_scores")
+        refuse(parser, args, "--compare", others)
     elif args.detections:
         refuse(parser, args, "--detections", ("flip", "min_score", "max_overlap", "top_k", "batch_size"))
     return args
@@ -238,10 +245,12 @@ def format_table(metrics):
             middle = metrics.get("intervals", {}).get(name)
             said = f"  95 %: {_percent(middle[0])} .. {_percent(middle[1])}" if middle else ""
             lines.append(f"{name:16} {_percent(value):>6}{said}")
-    if best := metrics["best_f1"]:
+    best = metrics["best_f1"]
+    for row in [*metrics["at_scores"], *filter(None, [best])]:
+        highest = ", the highest" if row is best else ""
         lines.append(
-            f"F1 is highest, {_percent(best['f1'])}, from a score of {best['min_score']:.2f} on: of these detections "
-            f"{_percent(best['precision'])} % are right, of the objects {_percent(best['recall'])} % are found"
+            f"above a score of {row['min_score']:.2f}: {_percent(row['precision'])} % of the detections are right, "
+            f"{_percent(row['recall'])} % of the objects are found, F1 {_percent(row['f1'])}{highest}"
         )
     if metrics["objects"] == 0:
         lines.append("no object to score against: all numbers are none")

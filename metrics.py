@@ -22,41 +22,45 @@ COCO_NAMES = (
 MOST_PAIRS = 2_000_000  # of a detection and an object that are compared at a time
 
 
-def compute_metrics(data_list, detections, voc_overlaps=(0.5,)):
+def compute_metrics(data_list, detections, voc_overlaps=(0.5,), min_scores=()):
     """All protocols. detections: one dict (boxes, scores, labels; tensors) an image, in the data list's order.
 
     Returns numbers in 0..1 by name (voc2007_ap50 is at IoU 0.5; voc_overlaps says at which VOC is scored) and
     per_class, a dict of such dicts; None where there is nothing to score against (a class without objects, a size that
-    no object has). Means are over classes that have objects. best_f1: see there.
+    no object has). Means are over classes that have objects. at_scores: at_score for each of min_scores, over all
+    classes; in per_class of one.
     """
-    return score(data_list, rank(data_list, detections), voc_overlaps)
+    return score(data_list, rank(data_list, detections), voc_overlaps, min_scores)
 
 
-def score(data_list, ranked, voc_overlaps=(0.5,)):
+def score(data_list, ranked, voc_overlaps=(0.5,), min_scores=()):
     """compute_metrics for detections that are ranked already."""
     coco, coco_per_class = coco_metrics(data_list, ranked)
     statuses = {min_overlap: match_voc(data_list, ranked, min_overlap) for min_overlap in {0.5, *voc_overlaps}}
     per_class = {}
     for label, name in enumerate(data_list.classes, start=1):
-        of_class = data_list.labels == label
+        of_class, rows = data_list.labels == label, ranked.of(label)
         num_objects = int((of_class & data_list.counted).sum())
         voc = {}
         for min_overlap in voc_overlaps:
-            is_true = is_true_of(statuses[min_overlap][ranked.of(label)])
+            is_true = is_true_of(statuses[min_overlap][rows])
             voc[voc_name(2007, min_overlap)] = voc2007_ap(is_true, num_objects)
             voc[voc_name(2010, min_overlap)] = voc2010_ap(is_true, num_objects)
         per_class[name] = {
             "objects": num_objects,
             "difficult": int(of_class.sum()) - num_objects,
-            "detections": ranked.of(label).stop - ranked.of(label).start,
+            "detections": rows.stop - rows.start,
+            "at_scores": [at_score(ranked.scores[rows], statuses[0.5][rows], num_objects, m) for m in min_scores],
             **voc,
             **coco_per_class[name],
         }
     names = [voc_name(year, min_overlap) for min_overlap in voc_overlaps for year in (2007, 2010)]
+    of_all = (ranked.scores, statuses[0.5], int(data_list.counted.sum()))
     return {
         **{name: mean_of_known(row[name] for row in per_class.values()) for name in names},
         **coco,
-        "best_f1": best_f1(ranked.scores, statuses[0.5], data_list.counted.sum()),
+        "best_f1": best_f1(*of_all),
+        "at_scores": [at_score(*of_all, m) for m in min_scores],
         "images": len(data_list),
         "objects": sum(row["objects"] for row in per_class.values()),
         "per_class": per_class,
@@ -215,23 +219,38 @@ def voc2010_ap(is_true, num_objects):
 
 
 def best_f1(scores, status, num_objects):
-    """The min_score with the highest F1 (2 x right / (shown + objects)) over all classes, for who looks at detections.
-
-    scores (n,) and status (n,) as of match_voc, in any order. Returns a dict of min_score, f1, precision and recall, of
-    equals the highest score; None if no detection or no object counts. What scores more than min_score is shown.
-    """
+    """at_score where F1 is highest, of equals the highest min_score; None if no detection or no object counts."""
     counted = status >= 0
     order = np.argsort(-scores[counted], kind="stable")
     scores, is_true = scores[counted][order], is_true_of(status)[order]
     if num_objects == 0 or len(scores) == 0:
         return None
-    true_so_far, precision = precision_curve(is_true)
+    true_so_far, _ = precision_curve(is_true)
     f1 = 2 * true_so_far / (np.arange(1, len(scores) + 1) + num_objects)
     cuts = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))  # equal scores are shown together
-    best = cuts[np.argmax(f1[cuts])]
-    below = np.nextafter(np.float32(scores[best]), np.float32(0))  # what decoding compares, in float32
-    numbers = {"min_score": below, "f1": f1[best], "precision": precision[best]}
-    return {name: float(value) for name, value in numbers.items()} | {"recall": float(true_so_far[best] / num_objects)}
+    best = scores[cuts[np.argmax(f1[cuts])]]
+    return at_score(scores, is_true, num_objects, float(np.nextafter(np.float32(best), np.float32(0))))
+
+
+def at_score(scores, status, num_objects, min_score):
+    """What who looks at detections sees of those that score more than min_score, as decoding shows them.
+
+    scores (n,) and status (n,) as of match_voc, in any order. Returns a dict of min_score, f1 (2 x right / (shown +
+    objects)), precision (right / shown), recall (right / objects); None for what would divide by 0.
+    """
+    above = scores.astype(np.float32) > np.float32(min_score)  # as decoding compares
+    shown = status[above & (status >= 0)]
+    right = int((shown == 1).sum())
+
+    def share(part, whole):
+        return part / whole if whole else None
+
+    return {
+        "min_score": min_score,
+        "f1": share(2 * right, len(shown) + num_objects),
+        "precision": share(right, len(shown)),
+        "recall": share(right, num_objects),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """From a checkpoint and a list to the table; whoever predicts is scored alike."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -30,6 +31,32 @@ def test_table_and_json(checkpoint, drawn, tmp_path, capsys):
     assert len(metrics["per_class"]) == 6
     assert "min_score 0.01, max_overlap 0.45, top_k 200" in printed
     assert metrics["images"] == 6
+
+
+def test_at_scores_are_of_what_is_decoded_from_there_on(checkpoint, drawn, tmp_path, capsys):
+    """Scoring once and cutting is scoring what decoding with that min_score gives."""
+    common = [str(checkpoint), "--workers", "0", "--intervals", "0", "--images", str(drawn / "voc" / "JPEGImages")]
+    main([*common, "--data", str(drawn), "--save-detections", str(tmp_path / "d.json")])
+    found = json.loads((tmp_path / "d.json").read_text())
+    cut = statistics.median(one["score"] for one in found)
+    content = json.loads((drawn / "val.json").read_text())  # with objects where an untrained network sees some
+    content["annotations"] = [{**one, "id": k, "iscrowd": 0} for k, one in enumerate(found[::3])]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    common += ["--data", str(tmp_path)]
+    numbers = []
+    for knobs in (["--at-scores", str(cut), "0.01"], ["--min-score", str(cut), "--at-scores", "0"]):
+        main([*common, *knobs, "--json", str(tmp_path / "metrics.json"), "--report", str(tmp_path / "report.html")])
+        numbers.append(json.loads((tmp_path / "metrics.json").read_text()))
+    all_of_them, above_cut = numbers
+    assert [row["min_score"] for row in all_of_them["at_scores"]] == [0.01, cut]
+    assert all_of_them["at_scores"][1] == above_cut["at_scores"][0]
+    assert 0 < above_cut["at_scores"][0]["precision"] < 1
+    counts = [sum(row["detections"] for row in metrics["per_class"].values()) for metrics in numbers]
+    assert 0 < counts[1] < counts[0]
+    for name, row in above_cut["per_class"].items():
+        assert row["at_scores"] == all_of_them["per_class"][name]["at_scores"][1:]
+    assert f"above a score of {cut:.2f}: " in capsys.readouterr().out
+    assert f"precision above {cut:.2f}" in (tmp_path / "report.html").read_text()
 
 
 def test_perfect_answers_score_one(drawn):

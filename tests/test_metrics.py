@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data_list import DataList
-from metrics import COCO_NAMES, best_f1, compute_metrics, voc2007_ap, voc2010_ap
+from metrics import COCO_NAMES, at_score, best_f1, compute_metrics, voc2007_ap, voc2010_ap
 
 
 def make_list(images, num_classes=3):
@@ -127,6 +127,15 @@ def test_best_f1_is_that_of_the_best_min_score_asked_for():
         assert found["f1"] == pytest.approx(2 / (1 / found["precision"] + 1 / found["recall"]))
 
 
+def test_at_score_by_hand():
+    # Right, wrong, on a difficult object, right, wrong, of four objects.
+    scores, status = np.array([0.9, 0.5, 0.45, 0.4, 0.3]), np.array([1, 0, -1, 1, 0], dtype=np.int8)
+    assert at_score(scores, status, 4, 0.3) == {"min_score": 0.3, "f1": 4 / 7, "precision": 2 / 3, "recall": 2 / 4}
+    assert at_score(scores, status, 4, 0.4) == {"min_score": 0.4, "f1": 2 / 6, "precision": 1 / 2, "recall": 1 / 4}
+    assert at_score(scores, status, 4, 0.9) == {"min_score": 0.9, "f1": 0, "precision": None, "recall": 0}
+    assert at_score(scores, status, 0, 0.95) == {"min_score": 0.95, "f1": None, "precision": None, "recall": None}
+
+
 def test_numbers_or_none_but_no_crash():
     objects = [(BOX, 1, False, False), (BOX, 2, True, False)]
     empty = compute_metrics(make_list([objects, []]), make_detections([[], []]))
@@ -134,8 +143,8 @@ def test_numbers_or_none_but_no_crash():
     assert empty["coco_ap_small"] is None
     assert empty["per_class"]["class2"]["voc2007_ap50"] is None  # a difficult object alone
     assert empty["per_class"]["class3"] == {
-        "objects": 0, "difficult": 0, "detections": 0, "voc2007_ap50": None, "voc2010_ap50": None, "coco_ap": None,
-        "coco_ap50": None,
+        "objects": 0, "difficult": 0, "detections": 0, "at_scores": [], "voc2007_ap50": None, "voc2010_ap50": None,
+        "coco_ap": None, "coco_ap50": None,
     }  # fmt: skip
     nothing = compute_metrics(make_list([[], []]), make_detections([[(BOX, 0.5, 1)], []]))
     assert nothing["voc2007_ap50"] is None
