@@ -157,22 +157,19 @@ def chart_classes(metrics):
     axes.set(xlabel=f"VOC2010 AP at IoU 0.5, percent (dashed: mean {mean:.1f})", xlim=(0, 108))
     worst, best = names[0], names[-1]
     columns = ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")
-    seen = [f"{what} above {at['min_score']:.2f}" for at in metrics["at_scores"] for what in ("precision", "recall")]
+    of_scores = ("precision", "recall", "f1")
+    above = [f"{what} above {at['min_score']:.2f}" for at in metrics["at_scores"] for what in of_scores]
     return Chart(
         "AP by class",
         as_svg(figure),
         f"Bars of {len(names)} classes, from {worst} with {percent(rows[worst]['voc2010_ap50'])} to {best} with "
         f"{percent(rows[best]['voc2010_ap50'])} percent; mean {mean:.1f}.",
         "In brackets: objects that count. An AP of few objects is hardly known.",
-        ("class", "objects", "detections", *columns, *seen),
+        ("class", "objects", "detections", *columns, *above),
         [
-            (
-                name,
-                row["objects"],
-                row["detections"],
-                *(percent(row[column]) for column in columns),
-                *(percent(at[what]) for at in row["at_scores"] for what in ("precision", "recall")),
-            )  # fmt: skip
+            (name, row["objects"], row["detections"])
+            + tuple(percent(row[column]) for column in columns)
+            + tuple(percent(at[what]) for at in row["at_scores"] for what in of_scores)
             for name, row in metrics["per_class"].items()
         ],
     )
