@@ -31,14 +31,24 @@ def write_coco(path, data_list, detections):
 
 
 def write_voc(folder, data_list, detections, split):
-    """comp4_det_SPLIT_CLASS.txt for each class: image name, score, 1-based inclusive xmin, ymin, xmax, ymax."""
+    """comp4_det_SPLIT_CLASS.txt for each class: image name, score, 1-based inclusive xmin, ymin, xmax, ymax.
+
+    DataError, with nothing written, if two classes have one file name (a/b and a:b).
+    """
+    paths = {}
+    for label, name in enumerate(data_list.classes, start=1):
+        path = Path(folder) / f"comp4_det_{split}_{file_name_of(name)}.txt"
+        if path in paths:
+            first = data_list.classes[paths[path] - 1]
+            raise DataError(f"classes {first!r} and {name!r} would both be {path}: rename one in {data_list.path}")
+        paths[path] = label
     lines = {label: [] for label in range(1, len(data_list.classes) + 1)}
     for index, result in enumerate(detections):
         name = Path(data_list.file_names[index]).stem
         for (x0, y0, x1, y1), score, label in _rows(result):
             lines[label].append(f"{name} {score:.6f} {x0 + 1:.3f} {y0 + 1:.3f} {x1:.3f} {y1:.3f}\n")
-    for label, name in enumerate(data_list.classes, start=1):
-        with written_whole(Path(folder) / f"comp4_det_{split}_{file_name_of(name)}.txt") as temporary:
+    for path, label in paths.items():
+        with written_whole(path) as temporary:
             Path(temporary).write_text("".join(lines[label]), encoding="utf-8")
 
 

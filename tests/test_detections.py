@@ -102,3 +102,11 @@ def test_voc_files_are_one_based(tmp_path):
         "2008_000002 0.250000 11.000 11.000 110.000 110.000",
     ]
     assert (tmp_path / "comp4" / "comp4_det_test_class2.txt").read_text() == ""
+
+
+def test_voc_files_of_two_classes_are_two(tmp_path):
+    data_list = small_list()
+    data_list.classes = ("a/b", "a:b")
+    with pytest.raises(DataError, match=r"classes 'a/b' and 'a:b' would both be .*a_b\.txt: rename one"):
+        write_voc(tmp_path / "comp4", data_list, make_detections([[], []]), "test")
+    assert not (tmp_path / "comp4").exists()
