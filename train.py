@@ -292,14 +292,14 @@ class Training:
                 self.unread.append((run.step, *self.train_step(step_batches, factor)))
                 run.step += 1
                 self.in_step = False
-                if self.look(clock, is_last=number + 1 == self.steps_per_epoch):
+                if self.after_step(clock, is_last=number + 1 == self.steps_per_epoch):
                     break
         row = {"epoch": epoch + 1, "step": run.step, "lr": run.optimizer.param_groups[-1]["lr"]}  # of the heads
         row |= {f"loss_{name}": mean for name, mean in run.means().items()}
         return row | clock.read(run)
 
-    def look(self, clock, is_last):
-        """After a step: every log_every steps, and when it is time to save, the host looks; True to stop here."""
+    def after_step(self, clock, is_last):
+        """Reads steps every log_every of them and before saving, saves when it is time; True to stop here."""
         run, config = self.run, self.config
         looks = run.step % config.log_every == 0 or is_last
         alone = distributed.num_processes() == 1

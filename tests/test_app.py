@@ -22,7 +22,7 @@ from malformed import encoded, malformed_pictures, png_header, resident_bytes
 from PIL import Image
 from sure_network import save_sure_network
 
-from app import Answers, Limits
+from app import Answers, Limits, parse_args
 from detector import load_detector
 
 ROOT = Path(__file__).parents[1]
@@ -306,3 +306,10 @@ def test_page_fits_a_phone(page, photograph, tmp_path):
         return place.width && (place.left < 0 || place.right > 390);
     }).length"""
     assert page.evaluate(outside) == 0
+
+
+def test_limits_beyond_what_pictures_may_have_are_refused(capsys):
+    assert parse_args(["--max-megapixels", "89"]).max_megapixels == 89
+    with pytest.raises(SystemExit):
+        parse_args(["--max-megapixels", "100000"])
+    assert "--max-megapixels can be 89 at most" in capsys.readouterr().err

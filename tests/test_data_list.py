@@ -58,6 +58,7 @@ def test_data_list_without_objects(tmp_path):
         ({"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [5, 5, 9, 9]}]}, "leaves its image"),
         ({"images": [{"id": 7, "file_name": "a", "width": 1, "height": 2}] * 2}, "same id to two images"),
         ({"images": [{"id": 7}]}, "no COCO JSON data list"),
+        ({"images": [{"id": 2**63, "file_name": "a", "width": 1, "height": 2}], "annotations": []}, "too large"),
     ],
 )
 def test_bad_data_lists_are_named(tmp_path, changes, said):
