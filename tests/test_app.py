@@ -13,16 +13,20 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import anyio
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from malformed import encoded, malformed_pictures, png_header, resident_bytes
 from PIL import Image
 from sure_network import save_sure_network
 
-from app import Answers, Limits, parse_args
+from app import Answers, Limits, add_files, parse_args
 from detector import load_detector
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +209,28 @@ def test_what_is_kept_is_bounded(checkpoint, photograph, monkeypatch):
         with pytest.raises(ValueError, match="no longer kept: send it again"):
             answers.get(gone)
     assert all(answers.get(key) for key in keys[3:])
+
+
+def test_pictures_are_drawn_few_at_a_time(checkpoint, photograph, monkeypatch):
+    """Each is decoded in full, so that many downloads at once would take many pictures' memory."""
+    app, answers = FastAPI(), Answers(load_detector(checkpoint), Limits())
+    add_files(app, answers, anyio.CapacityLimiter(2))
+    address = f"/answers/{answers.add(encoded(photograph, 'PNG'), 'a.png')}/annotated.jpg"
+    running, seen = [], []
+
+    def annotate_slowly(picture, found):
+        running.append(1)
+        seen.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return picture
+
+    monkeypatch.setattr("app.annotate", annotate_slowly)
+    with TestClient(app) as client, ThreadPoolExecutor(8) as pool:
+        knobs = {"min_score": 0.1, "max_overlap": 0.5, "top_k": 5}
+        got = list(pool.map(lambda _: client.get(address, params=knobs).status_code, range(8)))
+    assert got == [200] * 8
+    assert max(seen) == 2
 
 
 @pytest.fixture
