@@ -48,7 +48,7 @@ from metrics import compute_metrics, rank
 from recipe import TrainConfig, lite
 from run import as_builtins, holds_a_run, newest_checkpoint
 from train import load_lists, train
-from utils import InputError, explain, hash_file, pick_device, pick_precision, set_fields, written_whole
+from utils import InputError, explain, hash_file, memory_kept, pick_device, pick_precision, set_fields, written_whole
 
 # What the lite preset took from this table since: variants start without it.
 TAKEN_BACK = [
@@ -205,7 +205,8 @@ def run_variant(stage, name, seed, folder, epochs, results):
     begun.write_text(" ".join(dict.fromkeys([*revisions, revision()])))
     train_list, val_list = load_lists(config)
     if peer_of(name):
-        predict_fn, minutes = train_peer(peer_of(name), config, train_list, run_folder)
+        with memory_kept(torch.device("cpu")):  # as train.py does for ours; peers know no other device
+            predict_fn, minutes = train_peer(peer_of(name), config, train_list, run_folder)
     else:
         predict_fn, minutes = train_ours(config, run_folder)
     found, _ = predict(predict_fn, val_list, config.image_size)
