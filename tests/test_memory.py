@@ -22,7 +22,7 @@ def test_the_cache_is_no_workers_own(tmp_path):
 
 def test_a_million_images(tmp_path):
     report = memory.measure_scale(tmp_path, 1_000_000)
-    assert report["arrays, MB"] < 500
+    assert 0 < report["arrays kept beside it, MB"] < 500
     assert report["warm: peak memory of loading, MB"] < 500
     for start_method in ("fork", "spawn"):
         assert report[f"warm: {start_method}: of it because of the list, MB"] < 50
