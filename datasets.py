@@ -9,6 +9,7 @@ The list is in data_list.py, the augmentation in augment.py, the cache of decode
 """
 
 import argparse
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -172,6 +173,8 @@ def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)
+    # Python's garbage collection writes into every object it visits, and so copies the pages that a fork shares.
+    gc.freeze()
     # glibc would keep the room of batches in its heap, in pieces: up to 200 MB a worker. Above 4 MB it gives room back,
     # which a training on the CPU told it not to before the fork.
     tune_malloc(**MALLOC_DEFAULTS | {"mmap_threshold": 4 * 2**20})
