@@ -8,7 +8,7 @@ Private memory is Private_Clean + Private_Dirty of /proc/PID/smaps_rollup: what 
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +51,11 @@ def private_mb(process):
     """Private_Clean + Private_Dirty of a process, in MB."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def peak_mb():
+    """The most that this process ever held, in MB; getrusage's would begin at what its parent held."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def write_list(folder, count, objects=1):
@@ -113,15 +118,15 @@ def measure_scale(folder, count):
 
 def load_and_begin(path):
     """In a fresh process: what the list costs, and the time to the first batch; workers forked and spawned."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_mb()
     begun = time.perf_counter()
     data_list = DataList.load(path)
     report = {"seconds to load": time.perf_counter() - begun}
-    report["peak memory of loading, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    report["peak memory of loading, MB"] = peak_mb() - before
     (Path(path).parent / "tiny").mkdir(exist_ok=True)
     tiny = DataList.load(write_list(Path(path).parent / "tiny", 32 * BATCHES))
     for start_method in ("fork", "spawn"):
-        private = {}
+        private, first_batch = {}, {}
         for name, chosen in (("list", data_list), ("tiny", tiny)):
             begun = time.perf_counter()
             dataset = DetectionDataset(chosen, augment=AugmentConfig())
@@ -132,9 +137,10 @@ def load_and_begin(path):
             for _ in range(BATCHES - 2):
                 next(batches)
             private[name] = max(private_mb(worker.pid) for worker in loader._iterator._workers)
-            if name == "list":
-                report[f"{start_method}: seconds to the first batch, list loaded"] = seconds
+            first_batch[name] = seconds
             del batches, loader
+        report[f"{start_method}: seconds to the first batch, list loaded"] = first_batch["list"]
+        report[f"{start_method}: of a tiny list's, times"] = first_batch["list"] / first_batch["tiny"]
         report[f"{start_method}: a worker's private memory, MB"] = private["list"]
         report[f"{start_method}: of it because of the list, MB"] = private["list"] - private["tiny"]
     return report

@@ -1,5 +1,6 @@
 """Samples by key, in any order and by any worker; batches."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -151,6 +152,26 @@ def test_batches_can_be_drawn_without_objects(drawn):
     sample = DetectionDataset(DataList.load(drawn / "train.json"), 64)[0]
     empty = {**sample, **{k: sample[k][:0] for k in ("boxes_unit", "labels", "difficult", "crowd")}}
     assert draw_batch(collate([empty, empty]), ("a",)).size == (2 * 68 + 4, 72)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_a_workers_garbage_collection_copies_nothing(drawn):
+    kept = [[] for _ in range(500_000)]  # 36 MB of the main process, which a forked worker shares
+
+    def private_mb():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+    class Collecting(DetectionDataset):
+        def __getitem__(self, key):
+            before = private_mb()
+            gc.collect()
+            return super().__getitem__(key) | {"size": private_mb() - before}
+
+    dataset = Collecting(DataList.load(drawn / "train.json"), 64)
+    (copied,) = next(iter(make_loader(dataset, 1, workers=1, start_method="fork")))["size"]
+    assert copied < 10
+    assert len(kept) == 500_000
 
 
 def test_error_of_a_worker_is_one_sentence(tmp_path):
