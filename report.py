@@ -355,7 +355,7 @@ def picture_false_positives(data_list, ranked, errors):
 def picture_missed(data_list, ranked, errors):
     pictures = []
     images = data_list.object_images
-    shown = np.flatnonzero(ranked.scores >= MIN_SCORE)
+    shown = np.flatnonzero(ranked.scores > MIN_SCORE)
     for row, cost in diagnosis.costliest_missed(data_list, errors):
         sides = data_list.boxes[row, 2:] - data_list.boxes[row, :2]
         text = f"{sides[0]:.0f} x {sides[1]:.0f} pixels; costs {100 * cost:.2f} points or more"
