@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from augment import AugmentConfig
+from benchmarks.memory import private_mb
 from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, balanced_weights, collate, draw_batch, main, make_loader
 from images import DataError, fit_image, read_image
@@ -158,15 +159,11 @@ def test_batches_can_be_drawn_without_objects(drawn):
 def test_a_workers_garbage_collection_copies_nothing(drawn):
     kept = [[] for _ in range(500_000)]  # 36 MB of the main process, which a forked worker shares
 
-    def private_mb():
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
-
     class Collecting(DetectionDataset):
         def __getitem__(self, key):
-            before = private_mb()
+            before = private_mb("self")
             gc.collect()
-            return super().__getitem__(key) | {"size": private_mb() - before}
+            return super().__getitem__(key) | {"size": private_mb("self") - before}
 
     dataset = Collecting(DataList.load(drawn / "train.json"), 64)
     (copied,) = next(iter(make_loader(dataset, 1, workers=1, start_method="fork")))["size"]
