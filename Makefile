@@ -26,7 +26,7 @@ GPUS ?= 1
 demo: .venv/installed-demo
 	$(BIN)/python detect.py .venv/lib/python3*/site-packages/skimage/data/astronaut.png \
 		.venv/lib/python3*/site-packages/skimage/data/chelsea.png
-	$(BIN)/python synthetic.py --out data/synthetic_voc
+	$(BIN)/python -m fpnssd.data.synthetic --out data/synthetic_voc
 	$(BIN)/python create_data_lists.py --voc data/synthetic_voc --splits train val --out data/synthetic
 	@rm -rf runs/demo  # the last demo's
 	$(BIN)/python train.py --preset demo

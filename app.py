@@ -23,12 +23,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from detector import MIN_SCORE, RUNTIMES, as_image, load_detector
-from draw import annotate
-from images import MAX_PIXELS, DataError
+from fpnssd.data.images import MAX_PIXELS, DataError
+from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, as_image, load_detector
+from fpnssd.inference.draw import annotate
+from fpnssd.inference.page import mount_page
 from model import DEFAULT_CHECKPOINT
-from page import mount_page
-from utils import InputError, explain, whole_number
+from utils import InputError, error_message, whole_number
 
 PREVIEW_SIDE = 1280  # longer side of the picture on the page, in pixels
 KEPT_BYTES = 256 * 2**20  # of pictures and answers, so that knobs can be turned
@@ -41,7 +41,7 @@ def main(argv=None):
     try:
         detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, pictures=math.inf)
     except (InputError, OSError) as error:
-        sys.exit(f"app: {explain(error)}")
+        sys.exit(f"app: {error_message(error)}")
     app = build_app(detector, Limits(args.max_mb * 10**6, args.max_megapixels * 10**6))
     print(f"http://{args.host}:{args.port} (Ctrl-C ends it)", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
@@ -190,7 +190,7 @@ def add_endpoint(app, answers, limiter):
             return JSONResponse(await anyio.to_thread.run_sync(ask, data, knobs, names, limiter=limiter))
         except InputError as error:
             status = 413 if isinstance(error, TooLarge) else 400
-            return JSONResponse({"error": explain(error)}, status)
+            return JSONResponse({"error": error_message(error)}, status)
 
 
 class TooLarge(InputError):
@@ -221,7 +221,7 @@ def add_files(app, answers, limiter):
         try:
             return make()
         except InputError as error:
-            return JSONResponse({"error": explain(error)}, 404)
+            return JSONResponse({"error": error_message(error)}, 404)
 
     @app.get("/answers/{key}/preview.jpg")
     def preview(key: str):

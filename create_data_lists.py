@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from annotations import DOWNLOADS, VOC_CLASSES, download_voc, read_coco, read_lines, read_voc, read_yolo
-from data_check import (
+from fpnssd.data.annotations import DOWNLOADS, VOC_CLASSES, download_voc, read_coco, read_lines, read_voc, read_yolo
+from fpnssd.data.checks import (
     NOTED,
     Problem,
     Split,
@@ -32,8 +32,8 @@ from data_check import (
     format_report,
     write_report,
 )
-from images import DataError
-from utils import InputError, in_threads, print_anything, whole_number, written_whole
+from fpnssd.data.images import DataError
+from utils import InputError, atomic_write, in_threads, print_anything, whole_number
 
 
 @dataclass
@@ -133,7 +133,7 @@ def create_data_lists(found, out, known=None, class_file=None, strict=False, ima
         told = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
         raise DataError(f"--strict: {told}. No list was written")
     for split in splits:
-        with written_whole(out / f"{split.name}.json") as temporary:
+        with atomic_write(out / f"{split.name}.json") as temporary:
             Path(temporary).write_text(json.dumps(to_coco(split, classes)), encoding="utf-8")
         print(f"wrote {out / split.name}.json")
     return report

@@ -20,25 +20,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from augment import NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic
-from data_list import DataList
-from images import DataError, to_pixels
+from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError, to_pixels
 from utils import (
     MALLOC_DEFAULTS,
     InputError,
+    atomic_write,
     class_colour,
-    explain,
+    error_message,
     set_fields,
     tune_malloc,
     whole_number,
-    written_whole,
 )
 
 
 class DetectionDataset(Dataset):
     """dataset[epoch, index, occurrence] -> a sample; dataset[index] is its first time in epoch 0.
 
-    A sample: image uint8 (3, S, S), boxes_unit (n, 4) float32 xyxy in 0..1 of the square, labels, difficult, crowd
+    A sample: image uint8 (3, S, S), boxes_norm (n, 4) float32 xyxy in 0..1 of the square, labels, difficult, crowd
     (n,), image_id, size (h, w) of the original, key: the three numbers. Its randomness comes from the seed and the key
     alone, so it does not matter which worker makes it, or in which order. cache: a PixelCache of the list. num_epochs:
     of the training, so that mosaic and copy-paste can end augment.close_epochs before it does.
@@ -84,7 +84,7 @@ class DetectionDataset(Dataset):
             pixels, objects = copy_paste(rng, pixels, objects, donor, config)
         return {
             "image": pixels,  # uint8 (3, S, S)
-            "boxes_unit": torch.from_numpy((objects["boxes"] / side).astype(np.float32)),  # (n, 4)
+            "boxes_norm": torch.from_numpy((objects["boxes"] / side).astype(np.float32)),  # (n, 4)
             "labels": torch.from_numpy(objects["labels"]),
             "difficult": torch.from_numpy(objects["difficult"]),
             "crowd": torch.from_numpy(objects["crowd"]),
@@ -107,7 +107,7 @@ def collate(samples):
     return {
         # Pixels lie channels last, which is what the network wants: (B, S, S, 3), then turned.
         "image": default_collate([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
-        "boxes_unit": padded("boxes_unit"),  # (B, N, 4)
+        "boxes_norm": padded("boxes_norm"),  # (B, N, 4)
         "labels": padded("labels"),  # (B, N)
         "difficult": padded("difficult"),
         "crowd": padded("crowd"),
@@ -209,7 +209,7 @@ def draw_batch(batch, classes, columns=4):
     """A batch as one PIL image, a grid of its samples with their boxes and class names."""
     pictures = []
     for image, boxes, labels, difficult, crowd in zip(
-        *(batch[name] for name in ("image", "boxes_unit", "labels", "difficult", "crowd")), strict=True
+        *(batch[name] for name in ("image", "boxes_norm", "labels", "difficult", "crowd")), strict=True
     ):
         real = labels > 0
         if real.any():
@@ -242,10 +242,10 @@ def main(argv=None):
         dataset = DetectionDataset(data_list, args.image_size, config, args.seed)
         keys = list(EpochSampler(len(dataset), args.seed))[: args.count]
         picture = draw_batch(collate([dataset[key] for key in keys]), data_list.classes)
-        with written_whole(args.preview) as temporary:
+        with atomic_write(args.preview) as temporary:
             picture.save(temporary, Path(args.preview).suffix.lstrip(".") or "png")
     except (InputError, OSError, KeyError) as error:
-        sys.exit(f"datasets: {explain(error)}")
+        sys.exit(f"datasets: {error_message(error)}")
     print(f"{args.preview}: {len(keys)} of {len(data_list)} images")
 
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from detections import write_voc_xml, write_yolo
-from detector import MIN_SCORE, RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
-from draw import annotate
-from images import IMAGE_SUFFIXES, DataError
+from fpnssd.data.images import IMAGE_SUFFIXES, DataError
+from fpnssd.evaluation.result_files import write_voc_xml, write_yolo
+from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
+from fpnssd.inference.draw import annotate
+from fpnssd.inference.video import Video, is_video, written_video
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
-from utils import InputError, explain, file_name_of, print_anything, whole_number, written_whole
-from video import Video, is_video, written_video
+from utils import InputError, atomic_write, error_message, file_name_of, print_anything, whole_number
 
 __all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
 
@@ -69,7 +69,7 @@ def _detector(model):
         if _in_use[0] is not model:
             _in_use = (model, load_detector(model))
             about = _in_use[1].config
-            print(f"detect: using {source} ({about.trunk}, {len(about.classes)} classes)", file=sys.stderr)
+            print(f"detect: using {source} ({about.backbone}, {len(about.classes)} classes)", file=sys.stderr)
         return _in_use[1]
     return load_detector(model)
 
@@ -95,7 +95,7 @@ def main(argv=None):
                 if is_video(source):
                     detect_in_video(detector, source, args, suppress, writers)
     except (InputError, OSError) as error:
-        sys.exit(f"detect: {explain(error)}")
+        sys.exit(f"detect: {error_message(error)}")
     except KeyboardInterrupt:
         sys.exit("detect: stopped; what was found so far is written")
     if writers.failures:
@@ -248,12 +248,12 @@ class Writers:
     def __exit__(self, kind, error, traceback):
         self.stack.close()
         if self.args.coco and kind in (None, KeyboardInterrupt):
-            with written_whole(self.args.coco) as temporary:
+            with atomic_write(self.args.coco) as temporary:
                 Path(temporary).write_text(json.dumps(self.coco), encoding="utf-8")
 
     def fail(self, error):
         self.failures += 1
-        tqdm.write(f"detect: {explain(error)}", file=sys.stderr)
+        tqdm.write(f"detect: {error_message(error)}", file=sys.stderr)
 
     def write(self, source, picture, found, image_id, frame=None):
         """image_id: COCO's. frame: of a video, its number and "seconds"; its annotated copy goes elsewhere."""
@@ -291,7 +291,7 @@ class Writers:
 
     def save_picture(self, path, picture):
         self.keep_off(path)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             picture.save(temporary, picture_format(path), quality=92)
         return path
 

@@ -22,17 +22,17 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-import distributed
-import intervals
-from data_list import DataList
 from datasets import DetectionDataset, make_loader
-from detections import read_coco, write_coco, write_voc
-from detector import MIN_SCORE, load_detector, runtime_of
-from images import DataError
-from metrics import compute_metrics, rank, score
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError
+from fpnssd.evaluation import intervals
+from fpnssd.evaluation.metrics import compute_metrics, rank, score
+from fpnssd.evaluation.report import write_report
+from fpnssd.evaluation.result_files import read_coco, write_coco, write_voc
+from fpnssd.inference.detector import MIN_SCORE, load_detector, runtime_of
+from fpnssd.training import distributed
 from model import DEFAULT_CHECKPOINT, postprocess
-from report import write_report
-from utils import InputError, explain, whole_number, written_whole
+from utils import InputError, atomic_write, error_message, whole_number
 
 
 def main(argv=None):
@@ -59,7 +59,7 @@ def main(argv=None):
         if args.report:
             write_report(args.report, data_list, ranked, metrics)
         if args.json:
-            with written_whole(args.json) as temporary:
+            with atomic_write(args.json) as temporary:
                 Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         if args.save_detections:
             write_coco(args.save_detections, data_list, detections)
@@ -68,7 +68,7 @@ def main(argv=None):
         for path in filter(None, (args.report, args.json, args.save_detections, args.voc_files)):
             print(f"wrote {path}")
     except (InputError, OSError) as error:
-        sys.exit(f"eval: {explain(error)}")
+        sys.exit(f"eval: {error_message(error)}")
 
 
 def parse_args(argv):

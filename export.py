@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_list import DataList
 from datasets import DetectionDataset
-from detector import load_detector
 from eval import Predictor, evaluate
+from fpnssd.data.data_list import DataList
+from fpnssd.inference.detector import load_detector
+from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
 from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
-from runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
-from utils import InputError, evenly_spaced, explain, hash_file, whole_number, written_whole
+from utils import InputError, atomic_write, error_message, evenly_spaced, hash_file, whole_number
 
 CALIBRATION_IMAGES = 300
 KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model
@@ -63,7 +63,7 @@ def main(argv=None):
             same, images = compare_decoding(original, path, squares, args.top_k), len(squares)
             print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB\n  the same detections in {same} of {images} images")
     except (InputError, OSError) as error:
-        sys.exit(f"export: {explain(error)}")
+        sys.exit(f"export: {error_message(error)}")
 
 
 def parse_args(argv):
@@ -118,7 +118,7 @@ def export_onnx(checkpoint, path):
 
     model = load_checkpoint(checkpoint)["model"]
     side = model.config.image_size
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.onnx.export(
             model, (example_of(side),), temporary, input_names=["images"], output_names=["offsets", "logits"],
             dynamic_shapes={"images": {0: BATCH}}, dynamo=True, external_data=False, verbose=False,
@@ -142,7 +142,7 @@ def export_with_decoding(plain, path, top_k=200):
     detector, exported = load_exported(plain), onnx.load(plain)
     add_decoding(exported, detector.priors, len(detector.classes), top_k)
     onnx.checker.check_model(exported)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         onnx.save(exported, temporary)
 
 

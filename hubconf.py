@@ -5,7 +5,7 @@ detector = torch.hub.load("path/to/this/folder", "detector", source="local")
 found = detector.predict("photo.jpg", min_score=0.4)
 """
 
-from detector import load_detector
+from fpnssd.inference.detector import load_detector
 from model import DEFAULT_CHECKPOINT, load_checkpoint
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL"]  # torch.hub looks whether these are installed

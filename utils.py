@@ -26,7 +26,7 @@ class InputError(ValueError):
     """What a person gave cannot be used. The message names it and says what to do; the scripts print it alone."""
 
 
-def explain(error):
+def error_message(error):
     """An error as one line. From a loader's worker it arrives as a whole traceback, the sentence last."""
     last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     return re.sub(r"^(\w+\.)+\w*Error: ", "", last_line)  # a traceback's name of ours, as in images.DataError
@@ -191,7 +191,7 @@ def file_name_of(text):
 
 
 @contextlib.contextmanager
-def written_whole(path):
+def atomic_write(path):
     """Yields a temporary path beside `path`; moves it there when the block ends well, else leaves `path` as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

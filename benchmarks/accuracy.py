@@ -38,38 +38,51 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from peers import PEERS, train_peer
 
-import intervals
-from data_list import DataList
-from detections import read_coco, write_coco
-from detector import torch_detector
 from eval import Predictor, predict
-from images import DataError
-from metrics import compute_metrics, rank
-from recipe import TrainConfig, lite
-from run import as_builtins, holds_a_run, newest_checkpoint
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError
+from fpnssd.evaluation import intervals
+from fpnssd.evaluation.metrics import compute_metrics, rank
+from fpnssd.evaluation.result_files import read_coco, write_coco
+from fpnssd.inference.detector import torch_detector
+from fpnssd.training.checkpoints import as_builtins, holds_a_run, newest_checkpoint
+from fpnssd.training.config import TrainConfig, lite
 from train import load_lists, train
-from utils import InputError, explain, hash_file, memory_kept, pick_device, pick_precision, set_fields, written_whole
+from utils import (
+    InputError,
+    atomic_write,
+    error_message,
+    hash_file,
+    memory_kept,
+    pick_device,
+    pick_precision,
+    set_fields,
+)
 
 # What the lite preset took from this table since: variants start without it.
 TAKEN_BACK = [
-    "trunk=tf_efficientnet_lite0", "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem",
+    "backbone=tf_efficientnet_lite0", "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem",
     "augment.copy_paste=0.0", "augment.close_epochs=10", "class_balance=0.0",
 ]  # fmt: skip
 VARIANTS = {
     "base": [],
     "thaw": ["frozen_stages=1"],
-    "thaw_c3": ["frozen_stages=2", "trunk_lr_scale=0.5"],
+    "thaw_c3": ["frozen_stages=2", "backbone_lr_scale=0.5"],
     "freeze_more": ["frozen_stages=4"],
     "train_batch_norm": ["batch_norm=train"],
-    "slow_trunk": ["trunk_lr_scale=0.1"],
-    "fast_trunk": ["trunk_lr_scale=0.5"],
-    "layer_decay": ["trunk_lr_decay=0.7"],
+    "slow_backbone": ["backbone_lr_scale=0.1"],
+    "fast_backbone": ["backbone_lr_scale=0.5"],
+    "layer_decay": ["backbone_lr_decay=0.7"],
     "small_batch": ["batch_size=8", "nominal_batch=8", "lr=0.0007"],
     "half_lr": ["lr=0.0005"],
     "quarter_lr": ["lr=0.00025"],
     "double_lr": ["lr=0.002"],
     "more_decay": ["weight_decay=0.05"],
-    "retinanet_rates": ["lr=0.0001", "trunk_lr_scale=1.0", "weight_decay=0.05"],  # torchvision's, of its second version
+    "retinanet_rates": [
+        "lr=0.0001",
+        "backbone_lr_scale=1.0",
+        "weight_decay=0.05",
+    ],  # torchvision's, of its second version
     "giou": ["box_loss=giou", "box_weight=2.0"],
     "atss": ["matching=atss", "box_loss=giou", "box_weight=2.0"],
     "focal": ["class_loss=focal"],
@@ -84,11 +97,12 @@ VARIANTS = {
     "no_way_down": ["neck=ssd"],
     "narrow_fpn": ["fpn_channels=64"],
     "wide_fpn": ["fpn_channels=192"],
-    "lite1": ["trunk=tf_efficientnet_lite1"],
-    "lite2": ["trunk=tf_efficientnet_lite2"],
+    "lite1": ["backbone=tf_efficientnet_lite1"],
+    "lite2": ["backbone=tf_efficientnet_lite2"],
 }
 SHARED_WITH_PEERS = (
-    "batch_size", "nominal_batch", "lr", "trunk_lr_scale", "weight_decay", "frozen_stages", "trunk", "fpn_channels",
+    "batch_size", "nominal_batch", "lr", "backbone_lr_scale", "weight_decay", "frozen_stages", "backbone",
+    "fpn_channels",
 )  # fmt: skip
 EPOCHS = {"screen": 12, "confirm": 24}
 SCREENING_IMAGES = 200
@@ -126,7 +140,7 @@ def main(argv=None):
             for name in args.names:
                 run_variant(args.what, name, seed, folder, args.epochs or EPOCHS[args.what], args.results)
     except (InputError, OSError) as error:
-        sys.exit(f"accuracy: {explain(error)}")
+        sys.exit(f"accuracy: {error_message(error)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +175,7 @@ def lists_of(stage, data):
         content = json.dumps(splits[part])
         path = folder / f"{name}.json"
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 Path(temporary).write_text(content, encoding="utf-8")
     return folder
 
@@ -314,7 +328,7 @@ def add_row(results, row, asked):
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of the folder, as the file itself is replaced
         rows = [*(one for one in read_results(results) if not answers(one, asked)), row]
-        with written_whole(results) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with atomic_write(results) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
             writer.writerows(rows)

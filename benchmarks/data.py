@@ -26,11 +26,11 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from augment import FILL, AugmentConfig, change_colour, sample_colour_matrix
-from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, make_loader
-from images import fit_image
-from pixel_cache import PixelCache
+from fpnssd.data.augment import FILL, AugmentConfig, change_colour, sample_colour_matrix
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import fit_image
+from fpnssd.data.pixel_cache import PixelCache
 
 
 def main(argv=None):
@@ -54,9 +54,9 @@ def main(argv=None):
 
 def draw_list(folder, count):
     """Drawn images as large as VOC's photographs, since the sizes that synthetic.py draws are others."""
-    from annotations import read_voc
     from create_data_lists import create_data_lists
-    from synthetic import draw_dataset
+    from fpnssd.data.annotations import read_voc
+    from fpnssd.data.synthetic import draw_dataset
 
     draw_dataset(folder / "voc", {"train": count})
     for path in (folder / "voc" / "JPEGImages").glob("*.jpg"):

@@ -1,4 +1,4 @@
-"""How long an answer takes on a CPU: exported beside eager, trunk by trunk, beside peers, and from the command line.
+"""How long an answer takes on a CPU: exported beside eager, by backbone, beside peers, and from the command line.
 
     python benchmarks/inference.py                       # networks with random weights: only time is looked at
     python benchmarks/inference.py --data data/vocreal   # OpenVINO in 8 bits too, calibrated on its training list
@@ -25,14 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from annotations import VOC_CLASSES
-from detector import load_detector
 from export import export_onnx, export_openvino
+from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.inference.detector import load_detector
+from fpnssd.inference.runtimes import load_exported
 from model import FPNSSD, ModelConfig, save_checkpoint
-from runtimes import load_exported
 
 ROOT = Path(__file__).parents[1]
-TRUNKS = {  # with the channels of their FPN
+BACKBONES = {  # with the channels of their FPN
     "resnet50": 256,
     "tf_efficientnet_lite2": 128,
     "tf_efficientnet_lite1": 128,
@@ -49,10 +49,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", help="folder of data lists, to calibrate 8 bits on")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each way (7)")
-    parser.add_argument("--only", nargs="+", choices=("exported", "trunks", "peers", "command"), help="parts (all)")
+    parser.add_argument("--only", nargs="+", choices=("exported", "backbones", "peers", "command"), help="parts (all)")
     args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
-    parts = {"exported": measure_exported, "trunks": measure_trunks, "peers": measure_peers, "command": measure_command}
+    parts = {
+        "exported": measure_exported,
+        "backbones": measure_backbones,
+        "peers": measure_peers,
+        "command": measure_command,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, measure in parts.items():
             if name in (args.only or parts):
@@ -76,10 +81,10 @@ def noise(count, side):
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-def write_checkpoint(folder, trunk):
+def write_checkpoint(folder, backbone):
     torch.manual_seed(0)
-    path = folder / f"{trunk}.pth.tar"
-    save_checkpoint(path, FPNSSD(ModelConfig(VOC_CLASSES, trunk, fpn_channels=TRUNKS[trunk])))
+    path = folder / f"{backbone}.pth.tar"
+    save_checkpoint(path, FPNSSD(ModelConfig(VOC_CLASSES, backbone, fpn_channels=BACKBONES[backbone])))
     return path
 
 
@@ -127,16 +132,16 @@ def measure_exported(folder, args):
         print(f"| {name} | {' | '.join(columns)} | {first_use.get(name, '')} |")
 
 
-def measure_trunks(folder, args):
-    print("\nTrunk by trunk, batch 1, ms a picture")
-    print("| trunk | FPN channels | parameters | multiply-adds | eager fp32 | OpenVINO |\n|---|---|---|---|---|---|")
-    for trunk, channels in TRUNKS.items():
-        checkpoint = write_checkpoint(folder, trunk)
+def measure_backbones(folder, args):
+    print("\nBackbone by backbone, batch 1, ms a picture")
+    print("| backbone | FPN channels | parameters | multiply-adds | eager fp32 | OpenVINO |\n|---|---|---|---|---|---|")
+    for backbone, channels in BACKBONES.items():
+        checkpoint = write_checkpoint(folder, backbone)
         model = torch.load(checkpoint)["model"]
-        export_openvino(checkpoint, folder / f"{trunk}.xml")
+        export_openvino(checkpoint, folder / f"{backbone}.xml")
         squares = noise(1, 300)
-        medians = time_both(eager(model), load_exported(folder / f"{trunk}.xml").forward, squares, args.rounds)
-        print(f"| {trunk} | {channels} | {describe_size(model, squares)} | {medians} |")
+        medians = time_both(eager(model), load_exported(folder / f"{backbone}.xml").forward, squares, args.rounds)
+        print(f"| {backbone} | {channels} | {describe_size(model, squares)} | {medians} |")
 
 
 def time_both(plain, exported, squares, rounds):

@@ -20,10 +20,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from augment import AugmentConfig
-from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, make_loader
-from pixel_cache import PixelCache, cache_path
+from fpnssd.data.augment import AugmentConfig
+from fpnssd.data.data_list import DataList
+from fpnssd.data.pixel_cache import PixelCache, cache_path
 
 MB = 2**20
 BATCHES = 60  # before memory is looked at

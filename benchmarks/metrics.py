@@ -28,9 +28,8 @@ from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import intervals
-import metrics
-from data_list import DataList, Strings
+from fpnssd.data.data_list import DataList, Strings
+from fpnssd.evaluation import intervals, metrics
 
 NUM_CLASSES = 20
 

@@ -1,10 +1,10 @@
-"""torchvision's SSD, RetinaNet and FCOS on our trunk, for accuracy.py: their heads, losses, matching and augmentation.
+"""torchvision's SSD, RetinaNet and FCOS on our backbone: their heads, losses, matching and augmentation.
 
-What they share with ours: trunk and its weights, what of it is frozen, the number of images seen, optimizer, rates,
-schedule, averaged weights, 300 pixels, how many detections are kept, evaluation. FPNs are as wide as ours. RetinaNet is
-torchvision's second version. What is made for 800 pixels or for a trunk of another kind is fitted to 300 and to ours:
-sizes of anchors, where they lie in a cell, and what lies between the trunk's maps and what reads them. Rates are those
-that suit our heads, unless accuracy.py is told others (NAME+half_lr).
+What they share with ours: backbone and its weights, what of it is frozen, the number of images seen, optimizer, rates,
+schedule, averaged weights, 300 pixels, how many detections are kept, evaluation. FPNs are as wide as ours. RetinaNet
+is torchvision's second version. What is made for 800 pixels or for another backbone is fitted to 300 and to ours:
+sizes of anchors, where they lie in a cell, and what lies between the backbone's maps and what reads them. Rates are
+those that suit our heads, unless accuracy.py is told others (NAME+half_lr).
 """
 
 import time
@@ -22,11 +22,11 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms import v2
 
-from augment import FILL
 from datasets import EpochSampler
-from optimizer import EMA, freeze, lr_factor, set_train_mode
-from trunk import build_trunk
-from utils import written_whole
+from fpnssd.data.augment import FILL
+from fpnssd.training.optim import EMA, freeze, lr_factor, set_train_mode
+from model import build_backbone
+from utils import atomic_write
 
 SIDE = 300
 DECODING = {"score_thresh": 0.01, "detections_per_img": 200}  # eval.py's; the overlap of NMS is each one's own
@@ -65,7 +65,7 @@ def train_peer(name, config, train_list, folder):
             f"{folder.name}: epoch {epoch + 1}/{config.epochs}, loss {total / steps:.3f}, {minutes:.1f} min", flush=True
         )
         state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
-        with written_whole(state_file) as temporary:
+        with atomic_write(state_file) as temporary:
             about = {"epochs": epoch + 1, "minutes": minutes, "rng": torch.get_rng_state()}
             torch.save({**state, "ema_updates": ema.updates, **about}, temporary)
     return PeerPredictor(ema.module), minutes
@@ -88,11 +88,11 @@ def train_step(model, optimizer, ema, batch, factor, config):
 
 
 def make_optimizer(model, config):
-    """AdamW with our rates: the trunk's share of it, no decay of biases and norms."""
+    """AdamW with our rates: the backbone's share of it, no decay of biases and norms."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = config.lr * (config.trunk_lr_scale if ".trunk." in name else 1.0)
+            lr = config.lr * (config.backbone_lr_scale if ".backbone." in name else 1.0)
             decay = config.weight_decay if parameter.dim() > 1 else 0.0
             group = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
             groups.setdefault((lr, decay), group)["params"].append(parameter)
@@ -159,15 +159,15 @@ AUGMENTATIONS = {"torchvision_ssd": FULL, "torchvision_retinanet": FLIP, "torchv
 class SSDMaps(nn.Module):
     """C3, C4, C5 with 256 channels, and three maps more by SSD's extra layers: sides 38, 19, 10, 5, 3, 1.
 
-    VGG's maps have passed a ReLU and have 512 channels and more; a small trunk's are the few outputs of linear layers,
-    some frozen, which one layer of a head cannot make much of. So a layer that is trained comes between.
+    VGG's maps have passed a ReLU and have 512 channels and more; a small backbone's are the few outputs of linear
+    layers, some frozen, which one layer of a head cannot make much of. So a layer that is trained comes between.
     """
 
-    def __init__(self, trunk):
+    def __init__(self, backbone):
         super().__init__()
-        self.trunk = trunk
+        self.backbone = backbone
         channels = 256
-        self.reads = nn.ModuleList(Conv2dNormActivation(c, channels, 1) for c in trunk.feature_info.channels())
+        self.reads = nn.ModuleList(Conv2dNormActivation(c, channels, 1) for c in backbone.feature_info.channels())
         self.extras = nn.ModuleList()
         for out_channels, stride, padding in ((512, 2, 1), (256, 2, 1), (256, 1, 0)):
             down = Conv2dNormActivation(channels, out_channels // 2, 1)
@@ -176,7 +176,7 @@ class SSDMaps(nn.Module):
             channels = out_channels
 
     def forward(self, images):
-        maps = [read(one) for read, one in zip(self.reads, self.trunk(images), strict=True)]
+        maps = [read(one) for read, one in zip(self.reads, self.backbone(images), strict=True)]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
         return OrderedDict((str(number), one) for number, one in enumerate(maps))
@@ -185,18 +185,18 @@ class SSDMaps(nn.Module):
 class Pyramid(nn.Module):
     """torchvision's FPN over C3, C4, C5, with P6 of P5 (or of C5) and P7.
 
-    It normalises, as ours: the trunk's maps differ in scale, and in the sum the finest would drown the others.
+    It normalises, as ours: the backbone's maps differ in scale, and in the sum the finest would drown the others.
     """
 
-    def __init__(self, trunk, out_channels, p6_of_c5):
+    def __init__(self, backbone, out_channels, p6_of_c5):
         super().__init__()
-        self.trunk, self.out_channels = trunk, out_channels
-        channels = trunk.feature_info.channels()
+        self.backbone, self.out_channels = backbone, out_channels
+        channels = backbone.feature_info.channels()
         last = LastLevelP6P7(channels[-1] if p6_of_c5 else out_channels, out_channels)
         self.fpn = FeaturePyramidNetwork(channels, out_channels, last, norm_layer=partial(nn.GroupNorm, 32))
 
     def forward(self, images):
-        return self.fpn(OrderedDict((str(number), one) for number, one in enumerate(self.trunk(images))))
+        return self.fpn(OrderedDict((str(number), one) for number, one in enumerate(self.backbone(images))))
 
 
 class CentredAnchors(AnchorGenerator):
@@ -208,21 +208,21 @@ class CentredAnchors(AnchorGenerator):
 
 
 def build(config):
-    """(trunk, what a torchvision detector is told of images)"""
-    trunk, mean, std = build_trunk(config.trunk, config.trunk_weights)
+    """(backbone, what a torchvision detector is told of images)"""
+    backbone, mean, std = build_backbone(config.backbone, config.backbone_weights)
     in_unit = {"image_mean": [m / 255 for m in mean], "image_std": [s / 255 for s in std]}
-    return trunk, in_unit
+    return backbone, in_unit
 
 
 def make_ssd(num_classes, config):
-    trunk, of_images = build(config)
+    backbone, of_images = build(config)
     scales = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
     anchors = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=scales)
-    return SSD(SSDMaps(trunk), anchors, (SIDE, SIDE), num_classes + 1, **of_images, **DECODING)
+    return SSD(SSDMaps(backbone), anchors, (SIDE, SIDE), num_classes + 1, **of_images, **DECODING)
 
 
 def make_retinanet(num_classes, config):
-    trunk, of_images = build(config)
+    backbone, of_images = build(config)
     # From 32 by default. Objects in images of 300 are smaller, but half of it would leave few anchors to each.
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (24, 48, 96, 192, 384))
     anchors = CentredAnchors(sizes, ((0.5, 1.0, 2.0),) * 5)
@@ -231,17 +231,17 @@ def make_retinanet(num_classes, config):
     head.regression_head._loss_type = "giou"
     # Its recipe draws sides of 480 to 800 for images of 800.
     size = {"min_size": tuple(SIDE * x // 800 for x in range(480, 801, 32)), "max_size": SIDE}
-    pyramid = Pyramid(trunk, config.fpn_channels, p6_of_c5=True)
+    pyramid = Pyramid(backbone, config.fpn_channels, p6_of_c5=True)
     return RetinaNet(pyramid, num_classes + 1, anchor_generator=anchors, head=head, **size, **of_images, **DECODING)
 
 
 def make_fcos(num_classes, config):
-    trunk, of_images = build(config)
+    backbone, of_images = build(config)
     # A level answers for objects of 4 to 8 of these sizes: half the default's, which reach to 1,024 pixels. Radii are
     # in these sizes too: 1.5 cells, as by default.
     anchors = CentredAnchors(tuple((x,) for x in (4, 8, 16, 32, 64)), ((1.0,),) * 5)
     size = {"min_size": SIDE, "max_size": SIDE}
-    pyramid = Pyramid(trunk, config.fpn_channels, p6_of_c5=False)
+    pyramid = Pyramid(backbone, config.fpn_channels, p6_of_c5=False)
     model = FCOS(
         pyramid, num_classes + 1, anchor_generator=anchors, center_sampling_radius=3.0, **size, **of_images, **DECODING
     )

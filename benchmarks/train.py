@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train as train_module
-from recipe import PRESETS
+from fpnssd.training.config import PRESETS
 from train import StopOnSignal, Training, to_device
 from utils import memory_kept
 
@@ -58,7 +58,7 @@ def moved_to(folder):
 
 def set_up(args, name, **changes):
     """A Training that has not begun, quiet, with a few of its batches."""
-    config = replace(PRESETS[args.preset](), name=name, data=args.data, trunk_weights="none", workers=args.workers)
+    config = replace(PRESETS[args.preset](), name=name, data=args.data, backbone_weights="none", workers=args.workers)
     with contextlib.redirect_stdout(None):
         return Training(replace(config, **changes), pick(args), StopOnSignal(), resume=False)
 
@@ -85,7 +85,7 @@ def measure_cpu(args):
     seconds = {name: statistics.median(values) for name, values in times.items()}
     ratio, speed = seconds["plain"] / seconds["ours"], args.batch_size / seconds["ours"]
     print(
-        f"{ours.config.trunk}, batch {args.batch_size}: a step takes {seconds['ours']:.2f} s in "
+        f"{ours.config.backbone}, batch {args.batch_size}: a step takes {seconds['ours']:.2f} s in "
         f"{ours.config.precision} ({speed:.1f} images/s), {seconds['plain']:.2f} s in eager fp32 with contiguous "
         f"tensors: {ratio:.2f} times as long"
     )

@@ -11,10 +11,10 @@ import yaml
 from made_lists import listed, problems
 from PIL import Image
 
-from augment import AugmentConfig
 from create_data_lists import main
-from data_list import DataList
 from datasets import DetectionDataset
+from fpnssd.data.augment import AugmentConfig
+from fpnssd.data.data_list import DataList
 from train import main as train_main
 
 
@@ -82,7 +82,7 @@ def test_three_forms_give_the_same_samples(three_forms, split):
         for other in (coco, yolo):
             assert torch.equal(voc["image"], other["image"])
             assert torch.equal(voc["labels"], other["labels"])
-            torch.testing.assert_close(voc["boxes_unit"], other["boxes_unit"], rtol=0, atol=1e-6)
+            torch.testing.assert_close(voc["boxes_norm"], other["boxes_norm"], rtol=0, atol=1e-6)
     # The same keys give the same augmented samples, where the order is the same.
     augmented = [DetectionDataset(lists[form], 100, AugmentConfig()) for form in ("voc", "coco")]
     for index in range(0, len(augmented[0]), 40):
@@ -108,7 +108,7 @@ def test_three_forms_train(three_forms, form, tmp_path, monkeypatch):
         (tmp_path / "small" / f"{split}.json").write_text(json.dumps(content))
     metrics = train_main(
         ["--preset", "lite", "--data", "small", "--name", form, "--epochs", "1", "--batch-size", "4", "--workers", "0"]
-        + ["--trunk-weights", "none", "--device", "cpu", "--set", "image_size=128", "cache=disk"]
+        + ["--backbone-weights", "none", "--device", "cpu", "--set", "image_size=128", "cache=disk"]
     )
     assert set(metrics["per_class"]) == {"Platelets", "RBC", "WBC"}
     assert (tmp_path / "runs" / form / "batch_0.jpg").is_file()

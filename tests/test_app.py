@@ -27,7 +27,7 @@ from PIL import Image
 from sure_network import save_sure_network
 
 from app import Answers, Limits, add_files, parse_args
-from detector import load_detector
+from fpnssd.inference.detector import load_detector
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from augment import (
+from fpnssd.data.augment import (
     FILL,
     NO_AUGMENTATION,
     AugmentConfig,
@@ -22,7 +22,7 @@ from augment import (
     sample_colour_matrix,
     sample_view,
 )
-from images import to_pixels
+from fpnssd.data.images import to_pixels
 
 
 def noise_image(width, height, seed=0):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 
-from annotations import VOC_CLASSES
-from convert_checkpoint import convert, main
+from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.legacy.convert import convert, main
 from model import CheckpointError, ModelConfig, load_checkpoint, make_priors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # as torch's older format keeps it

@@ -12,10 +12,10 @@ from made_lists import listed, problems
 from PIL import Image
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from annotations import VOC_CLASSES, read_voc
 from create_data_lists import create_data_lists, main
-from data_list import DataList
-from images import DataError
+from fpnssd.data.annotations import VOC_CLASSES, read_voc
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError
 
 
 def add_image(voc, name, objects, size=(100, 80), said=None, split="train"):

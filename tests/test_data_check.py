@@ -15,9 +15,9 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from create_data_lists import main
-from data_check import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box, default_priors, unmatched_share
-from data_list import DataList
 from datasets import DetectionDataset
+from fpnssd.data.checks import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box, default_priors, unmatched_share
+from fpnssd.data.data_list import DataList
 from model import FPNSSD, ModelConfig
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_list import DataList, Strings
-from images import DataError, read_image
+from fpnssd.data.data_list import DataList, Strings
+from fpnssd.data.images import DataError, read_image
 
 
 def noise_image(width, height, seed=0):
@@ -121,7 +121,7 @@ def test_arrays_of_a_large_list_are_kept_and_mapped(tmp_path, monkeypatch, ids):
     parsed = DataList.load(path)
     assert parsed.object_areas.tolist() == [7.5, 12]
     assert parsed.truncated.tolist() == [-1, 1]
-    monkeypatch.setattr("data_list.ARRAYS_FROM", 0)
+    monkeypatch.setattr("fpnssd.data.data_list.ARRAYS_FROM", 0)
     same_lists(parsed, DataList.load(path))  # makes the file
     monkeypatch.setattr(DataList, "_from_json", None)  # and now it has to do without parsing
     mapped = DataList.load(path)
@@ -134,7 +134,7 @@ def test_arrays_of_a_large_list_are_kept_and_mapped(tmp_path, monkeypatch, ids):
 
 
 def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_list.ARRAYS_FROM", 0)
+    monkeypatch.setattr("fpnssd.data.data_list.ARRAYS_FROM", 0)
     path = write_list(tmp_path / "x.json")
     DataList.load(path)
     write_list(path, classes=[], annotations=[])
@@ -142,7 +142,9 @@ def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
     write_list(path)
     (tmp_path / "x.arrays").write_bytes(b"rubbish")
     assert len(DataList.load(path).boxes) == 1
-    monkeypatch.setattr("data_list.ARRAYS_VERSION", 3)  # a file of the version before is of no use to this one
+    monkeypatch.setattr(
+        "fpnssd.data.data_list.ARRAYS_VERSION", 3
+    )  # a file of the version before is of no use to this one
     monkeypatch.setattr(DataList, "_from_arrays", lambda path, images, arrays_file: torch.load(arrays_file)["version"])
     assert DataList.load(path) == 3
     (tmp_path / "x.arrays").unlink()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from augment import AugmentConfig
 from benchmarks.memory import private_mb
-from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, balanced_weights, collate, draw_batch, main, make_loader
-from images import DataError, fit_image, read_image
-from utils import explain
+from fpnssd.data.augment import AugmentConfig
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError, fit_image, read_image
+from utils import error_message
 
 
 def test_sample_without_augmentation(drawn):
@@ -25,7 +25,7 @@ def test_sample_without_augmentation(drawn):
     target = data_list.target(2)
     height, width = target["size"]
     assert torch.equal(sample["image"], fit_image(read_image(data_list.image_path(2)), 300))
-    np.testing.assert_allclose(sample["boxes_unit"], target["boxes"] / [width, height, width, height], rtol=1e-5)
+    np.testing.assert_allclose(sample["boxes_norm"], target["boxes"] / [width, height, width, height], rtol=1e-5)
 
 
 def batches(dataset, workers, epoch, start_method=None):
@@ -43,7 +43,7 @@ def test_samples_depend_on_their_key_alone(drawn):
         for a, b in zip(alone, batches(dataset, workers, 1, start_method), strict=True):
             assert a["image_id"] == b["image_id"]
             assert torch.equal(a["image"], b["image"])
-            assert torch.equal(a["boxes_unit"], b["boxes_unit"])
+            assert torch.equal(a["boxes_norm"], b["boxes_norm"])
     other = batches(dataset, 0, epoch=2)
     assert [b["image_id"] for b in alone] != [b["image_id"] for b in other]
     assert not torch.equal(dataset[1, 0, 0]["image"], dataset[2, 0, 0]["image"])
@@ -142,7 +142,7 @@ def test_preview_shows_the_boxes(drawn, tmp_path, capsys):
         top, left = 132 * (number // 4) + 4, 132 * (number % 4) + 4
         shown = picture[top : top + 128, left : left + 128].astype(int)
         changed = np.abs(shown - sample["image"].permute(1, 2, 0).numpy()).sum(axis=2) > 0
-        for x0, y0, x1, _ in (sample["boxes_unit"] * 128).round().int().tolist():
+        for x0, y0, x1, _ in (sample["boxes_norm"] * 128).round().int().tolist():
             assert changed[min(y0, 127), x0 : min(x1, 127)].mean() > 0.9  # the upper edge is drawn
         assert changed.any() == bool(len(sample["labels"]))
     with pytest.raises(SystemExit, match="AugmentConfig has no field 'mosiac'"):
@@ -151,7 +151,7 @@ def test_preview_shows_the_boxes(drawn, tmp_path, capsys):
 
 def test_batches_can_be_drawn_without_objects(drawn):
     sample = DetectionDataset(DataList.load(drawn / "train.json"), 64)[0]
-    empty = {**sample, **{k: sample[k][:0] for k in ("boxes_unit", "labels", "difficult", "crowd")}}
+    empty = {**sample, **{k: sample[k][:0] for k in ("boxes_norm", "labels", "difficult", "crowd")}}
     assert draw_batch(collate([empty, empty]), ("a",)).size == (2 * 68 + 4, 72)
 
 
@@ -177,15 +177,15 @@ def test_error_of_a_worker_is_one_sentence(tmp_path):
     dataset = DetectionDataset(DataList.load(tmp_path / "x.json"))
     with pytest.raises(DataError) as caught:
         list(make_loader(dataset, 1, workers=1))
-    assert explain(caught.value).startswith(f"image {tmp_path / 'absent.jpg'} is missing")
+    assert error_message(caught.value).startswith(f"image {tmp_path / 'absent.jpg'} is missing")
 
 
 SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from data_list import DataList
+from fpnssd.data.data_list import DataList
 from datasets import DetectionDataset, EpochSampler, make_loader
-from watch import StopOnSignal
+from fpnssd.training.progress import StopOnSignal
 
 dataset = DetectionDataset(DataList.load(sys.argv[2]))
 with StopOnSignal() as stop:
@@ -212,7 +212,7 @@ def test_collate_pads_with_label_zero(drawn):
     counts = [len(sample["labels"]) for sample in samples]
     assert batch["image"].shape == (12, 3, 64, 64)
     assert batch["image"].dtype == torch.uint8
-    assert batch["boxes_unit"].shape == (12, max(counts), 4)
+    assert batch["boxes_norm"].shape == (12, max(counts), 4)
     assert (batch["labels"] > 0).sum(dim=1).tolist() == counts
-    empty = {**samples[0], **{k: samples[0][k][:0] for k in ("boxes_unit", "labels", "difficult", "crowd")}}
-    assert collate([empty, empty])["boxes_unit"].shape == (2, 0, 4)
+    empty = {**samples[0], **{k: samples[0][k][:0] for k in ("boxes_norm", "labels", "difficult", "crowd")}}
+    assert collate([empty, empty])["boxes_norm"].shape == (2, 0, 4)

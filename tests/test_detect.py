@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from sure_network import save_sure_network
 
-from annotations import parse_voc_xml
 from detect import annotate, detect, free_name, main, predict
-from detector import Detections
-from draw import overlap, place_label
+from fpnssd.data.annotations import parse_voc_xml
+from fpnssd.inference.detector import Detections
+from fpnssd.inference.draw import overlap, place_label
 from model import load_checkpoint
 from utils import class_colour
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_metrics import make_detections, make_list, random_case
 
-from data_list import Strings
-from detections import read_coco, write_coco, write_voc
-from images import DataError
-from metrics import compute_metrics
+from fpnssd.data.data_list import Strings
+from fpnssd.data.images import DataError
+from fpnssd.evaluation.metrics import compute_metrics
+from fpnssd.evaluation.result_files import read_coco, write_coco, write_voc
 
 BOX, OTHER = (10, 10, 110, 110), (150, 150, 250, 250)
 

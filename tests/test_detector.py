@@ -10,8 +10,8 @@ from malformed import encoded, malformed_pictures, resident_bytes
 from PIL import Image
 from sure_network import save_sure_network
 
-from detector import Detections, as_image, load_detector
-from images import DataError
+from fpnssd.data.images import DataError
+from fpnssd.inference.detector import Detections, as_image, load_detector
 from model import FPNSSD, ModelConfig
 from utils import InputError
 
@@ -168,8 +168,8 @@ def test_malformed_pictures(detector, pixels, count):
 
 def test_a_model_in_training_mode_is_asked_in_evaluation_mode(pixels):
     model = FPNSSD(ModelConfig(("cat",), "resnet18", image_size=64, fpn_channels=16)).train()
-    before = model.trunk.bn1.running_mean.clone()
+    before = model.backbone.bn1.running_mean.clone()
     detector = load_detector(model)
     detector.predict(pixels)
-    assert torch.equal(model.trunk.bn1.running_mean, before)
+    assert torch.equal(model.backbone.bn1.running_mean, before)
     assert detector.about["runtime"] == "torch"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_metrics import make_detections, make_list, random_case
 
-from diagnosis import (
+from fpnssd.evaluation.error_analysis import (
     ERROR_TYPES,
     ap_by_group,
     aspect_groups,
@@ -18,7 +18,7 @@ from diagnosis import (
     size_groups,
     truncation_groups,
 )
-from metrics import compute_metrics, rank, voc2010_ap
+from fpnssd.evaluation.metrics import compute_metrics, rank, voc2010_ap
 
 BOX, OTHER, FAR = (10, 10, 110, 110), (150, 150, 250, 250), (10, 200, 60, 250)
 SHIFTED = (60, 10, 160, 110)  # IoU 1/3 with BOX

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
+from fpnssd.training import distributed
 from model import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "trunk=test_resnet", "trunk_weights=none", "image_size=64", "fpn_channels=16", "precision=fp32", "device=cpu",
+    "backbone=test_resnet", "backbone_weights=none", "image_size=64", "fpn_channels=16", "precision=fp32", "device=cpu",
     "warmup_steps=2", "workers=1", "optimizer=sgd", "lr=0.01", "log_every=3", "epochs=10", "eval_every=5",
 ]  # fmt: skip
 
@@ -103,6 +103,6 @@ def test_one_process_needs_no_group():
     tensor = torch.tensor(3)
     assert distributed.sum_over_processes(tensor) is tensor
     assert distributed.gather("a") == ["a"]
-    assert distributed.from_main("b") == "b"
-    with distributed.joined(torch.device("cpu")) as device:
+    assert distributed.broadcast("b") == "b"
+    with distributed.init_distributed(torch.device("cpu")) as device:
         assert device == torch.device("cpu")

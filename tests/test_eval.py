@@ -6,9 +6,9 @@ import statistics
 import pytest
 import torch
 
-from data_list import DataList
-from detector import torch_detector
 from eval import Predictor, evaluate, main, mirror_index
+from fpnssd.data.data_list import DataList
+from fpnssd.inference.detector import torch_detector
 from model import FPNSSD, ModelConfig, save_checkpoint
 
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from sure_network import save_sure_network
 
-from data_list import DataList
 from datasets import DetectionDataset
 from detect import main as detect_main
-from detector import WORTH_CONVERTING, load_detector
 from eval import main as eval_main
 from export import add_decoding, compare, export_onnx, export_openvino, main
+from fpnssd.data.data_list import DataList
+from fpnssd.inference.detector import WORTH_CONVERTING, load_detector
+from fpnssd.inference.runtimes import exported_path, load_exported
 from model import FPNSSD, ModelConfig, load_checkpoint, postprocess, priors_of, save_checkpoint
-from runtimes import exported_path, load_exported
 
 
 @pytest.fixture(scope="module")

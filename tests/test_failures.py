@@ -15,11 +15,11 @@ from PIL import Image
 from tiny_training import same_end, tiny_config
 
 import train as train_module
-from data_list import DataList
 from datasets import DetectionDataset, EpochSampler
-from loss import MultiBoxLoss
+from fpnssd.data.data_list import DataList
+from fpnssd.training.checkpoints import Run
+from fpnssd.training.loss import MultiBoxLoss
 from model import FPNSSD, load_checkpoint
-from run import Run
 from train import TrainingStopped, train
 
 

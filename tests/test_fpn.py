@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from fpn import FPN, NECKS
+from model import FPN, NECKS
 
 
 def test_the_top_down_path_is_torchvisions():

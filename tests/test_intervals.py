@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_metrics import make_detections, make_list, random_case
 
-from intervals import NAMES, compare, draw_weights, intervals, match, resampled
-from metrics import compute_metrics, rank
+from fpnssd.evaluation.intervals import NAMES, compare, draw_weights, intervals, match, resampled
+from fpnssd.evaluation.metrics import compute_metrics, rank
 
 
 def case(rng):

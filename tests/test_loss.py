@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert, complete_box_iou_loss, generalized_box_iou_loss
 
-from loss import (
+from fpnssd.training.loss import (
     IGNORED,
     MultiBoxLoss,
     ciou_box_loss,
@@ -22,14 +22,14 @@ def make_batch(images):
     """images: lists of (xyxy in 0..1, label, difficult, crowd) -> a padded batch."""
     most = max((len(objects) for objects in images), default=0)
     batch = {
-        "boxes_unit": torch.zeros(len(images), most, 4),
+        "boxes_norm": torch.zeros(len(images), most, 4),
         "labels": torch.zeros(len(images), most, dtype=torch.long),
         "difficult": torch.zeros(len(images), most, dtype=torch.bool),
         "crowd": torch.zeros(len(images), most, dtype=torch.bool),
     }
     for i, objects in enumerate(images):
         for n, (box, label, difficult, crowd) in enumerate(objects):
-            batch["boxes_unit"][i, n] = torch.tensor(box)
+            batch["boxes_norm"][i, n] = torch.tensor(box)
             batch["labels"][i, n] = label
             batch["difficult"][i, n] = difficult
             batch["crowd"][i, n] = crowd
@@ -273,7 +273,7 @@ def test_the_quality_is_that_of_the_predicted_boxes():
     offsets = torch.zeros(1, 4, 4)
     offsets[0, 0] = encode_boxes(torch.tensor([0.175, 0.5, 0.25, 1.0]), ROW[0])  # 0.2 of its width to the right
     batch = make_batch([[OBJECT]])
-    boxes = loss._boxes_to_meet(batch["boxes_unit"], loss.match(batch).labels > 0, loss.match(batch).objects)
+    boxes = loss._boxes_to_meet(batch["boxes_norm"], loss.match(batch).labels > 0, loss.match(batch).objects)
     assert loss._quality(offsets, boxes)[0, 0].item() == pytest.approx(0.8 / 1.2, abs=1e-5)
     assert loss._quality(offsets, boxes)[0, 1].item() == 1  # a prior without an object aims at itself
 
@@ -367,7 +367,7 @@ def test_atss_gives_small_objects_more_priors():
 
 def test_resnet50_learns_a_fixed_batch():
     torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(classes=("a", "b"), image_size=128), trunk_weights="none")
+    model = FPNSSD(ModelConfig(classes=("a", "b"), image_size=128), backbone_weights="none")
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     batch = make_batch(
         [[((0.1, 0.1, 0.5, 0.6), 1, 0, 0), ((0.6, 0.5, 0.7, 0.6), 2, 0, 0)], [((0, 0, 0.9, 0.9), 2, 0, 0)]]

@@ -10,8 +10,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data_list import DataList
-from metrics import COCO_NAMES, at_score, best_f1, compute_metrics, voc2007_ap, voc2010_ap
+from fpnssd.data.data_list import DataList
+from fpnssd.evaluation.metrics import COCO_NAMES, at_score, best_f1, compute_metrics, voc2007_ap, voc2010_ap
 
 
 def make_list(images, num_classes=3):

@@ -28,7 +28,7 @@ SIDES = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
 
 def small_config(**changes):
     return ModelConfig(
-        **{"classes": ("cat", "dog"), "trunk": "resnet18", "image_size": 64, "fpn_channels": 32, **changes}
+        **{"classes": ("cat", "dog"), "backbone": "resnet18", "image_size": 64, "fpn_channels": 32, **changes}
     )
 
 
@@ -78,10 +78,10 @@ def test_offsets_there_and_back():
 
 
 @pytest.mark.parametrize(
-    "trunk", ["resnet18", "resnet50", "rexnet_100", "tf_efficientnet_lite0", "tf_efficientnet_lite2"]
+    "backbone", ["resnet18", "resnet50", "rexnet_100", "tf_efficientnet_lite0", "tf_efficientnet_lite2"]
 )
-def test_trunks_and_shapes(trunk):
-    model = FPNSSD(ModelConfig(classes=("a", "b", "c"), trunk=trunk, fpn_channels=64)).eval()
+def test_backbones_and_shapes(backbone):
+    model = FPNSSD(ModelConfig(classes=("a", "b", "c"), backbone=backbone, fpn_channels=64)).eval()
     with torch.no_grad():
         offsets, logits = model(torch.zeros(1, 3, 300, 300, dtype=torch.uint8))
     assert offsets.shape == (1, 8748, 4)
@@ -118,7 +118,7 @@ def test_normalisation_is_inside(small_model):
         offsets, logits = small_model(image)
         again = small_model(image.float())
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        levels = small_model.fpn(small_model.trunk((image / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)))
+        levels = small_model.fpn(small_model.backbone((image / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)))
         first = small_model.box_heads[0](levels[0])  # (1, 4 * 4, 8, 8)
     assert torch.equal(offsets, again[0])
     assert torch.equal(logits, again[1])
@@ -131,7 +131,7 @@ def test_wrong_image_shape_is_named(small_model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Trunk weights
+# Backbone weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,10 +288,10 @@ def hostile_config(**changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"trunk": "hf-hub:someone/model"}, "plain timm name"),
-        ({"trunk": "../../etc"}, "plain timm name"),
-        ({"trunk": "local-dir:/tmp/x"}, "plain timm name"),
-        ({"trunk": "no_such_trunk"}, "knows no trunk"),
+        ({"backbone": "hf-hub:someone/model"}, "plain timm name"),
+        ({"backbone": "../../etc"}, "plain timm name"),
+        ({"backbone": "local-dir:/tmp/x"}, "plain timm name"),
+        ({"backbone": "no_such_backbone"}, "knows no backbone"),
         ({"image_size": 10**9}, "image_size is 1000000000"),
         ({"image_size": 300.0}, "image_size"),
         ({"fpn_channels": 10**9}, "fpn_channels"),

@@ -6,14 +6,14 @@ import nbclient
 import nbformat
 from sure_network import save_sure_network
 
-from annotations import VOC_CLASSES
-from recipe import lite
+from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.training.config import lite
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path):
-    path = save_sure_network(tmp_path / "small.pth.tar", VOC_CLASSES, lite().trunk, image_size=300, level=5)
+    path = save_sure_network(tmp_path / "small.pth.tar", VOC_CLASSES, lite().backbone, image_size=300, level=5)
     notebook = nbformat.read(ROOT / "demo.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.source.startswith("CHECKPOINT = ")

@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from model import FPNSSD, ModelConfig
-from optimizer import (
+from fpnssd.training.config import TrainConfig
+from fpnssd.training.optim import (
     EMA,
+    backbone_stages,
     build_optimizer,
     freeze,
     load_weights,
     lr_factor,
     set_train_mode,
     synchronise_batch_norm,
-    trunk_stages,
 )
-from recipe import TrainConfig
+from model import FPNSSD, ModelConfig
 from utils import InputError
 
 
 def tiny_model(classes=("a",), **changes):
-    return FPNSSD(ModelConfig(classes, **{"trunk": "resnet18", "image_size": 64, "fpn_channels": 16, **changes}))
+    return FPNSSD(ModelConfig(classes, **{"backbone": "resnet18", "image_size": 64, "fpn_channels": 16, **changes}))
 
 
 def test_learning_rate_by_hand():
@@ -39,54 +39,54 @@ def test_learning_rate_by_hand():
     assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-@pytest.mark.parametrize("trunk", ["resnet50", "tf_efficientnet_lite0"])
-def test_frozen_stages_and_batch_norm_stay(trunk):
-    config = TrainConfig(trunk=trunk, frozen_stages=2, lr=0.1, weight_decay=0.1, warmup_steps=0)
-    model = FPNSSD(ModelConfig(classes=("a",), trunk=trunk, image_size=64, fpn_channels=16))
+@pytest.mark.parametrize("backbone", ["resnet50", "tf_efficientnet_lite0"])
+def test_frozen_stages_and_batch_norm_stay(backbone):
+    config = TrainConfig(backbone=backbone, frozen_stages=2, lr=0.1, weight_decay=0.1, warmup_steps=0)
+    model = FPNSSD(ModelConfig(classes=("a",), backbone=backbone, image_size=64, fpn_channels=16))
     freeze(model, config)
-    before = {name: tensor.clone() for name, tensor in model.trunk.state_dict().items()}
-    stages = trunk_stages(model.trunk)
-    assert len(stages) == {"resnet50": 5, "tf_efficientnet_lite0": 8}[trunk]
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    stages = backbone_stages(model.backbone)
+    assert len(stages) == {"resnet50": 5, "tf_efficientnet_lite0": 8}[backbone]
     optimizer = build_optimizer(model, config, config.lr)
     set_train_mode(model)
     offsets, logits = model(torch.randint(0, 256, (2, 3, 64, 64)))
     (offsets.square().mean() + logits.square().mean()).backward()
     optimizer.step()
     frozen = {id(p) for modules in stages[:3] for module in modules for p in module.parameters()}
-    norms = {id(p) for m in model.trunk.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
-    moved = {id(p) for name, p in model.trunk.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {id(p) for p in model.trunk.parameters()} - frozen - norms
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.trunk.named_buffers())
+    norms = {id(p) for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    moved = {id(p) for name, p in model.backbone.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {id(p) for p in model.backbone.parameters()} - frozen - norms
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.backbone.named_buffers())
 
 
 def test_stages_that_are_not_known_are_not_guessed():
-    model = FPNSSD(ModelConfig(classes=("a",), trunk="regnety_002", image_size=64, fpn_channels=16))
+    model = FPNSSD(ModelConfig(classes=("a",), backbone="regnety_002", image_size=64, fpn_channels=16))
     with pytest.raises(InputError, match="frozen_stages=-1"):
-        freeze(model, TrainConfig(trunk="regnety_002", frozen_stages=0))
-    freeze(model, TrainConfig(trunk="regnety_002", frozen_stages=-1, batch_norm="train"))
+        freeze(model, TrainConfig(backbone="regnety_002", frozen_stages=0))
+    freeze(model, TrainConfig(backbone="regnety_002", frozen_stages=-1, batch_norm="train"))
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_groups_of_the_optimizer():
-    config = TrainConfig(trunk="resnet18", lr=0.1, trunk_lr_scale=0.2, weight_decay=0.3)
-    model = FPNSSD(ModelConfig(classes=("a",), trunk="resnet18", image_size=64, fpn_channels=16))
+    config = TrainConfig(backbone="resnet18", lr=0.1, backbone_lr_scale=0.2, weight_decay=0.3)
+    model = FPNSSD(ModelConfig(classes=("a",), backbone="resnet18", image_size=64, fpn_channels=16))
     optimizer = build_optimizer(model, config, config.lr)
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    assert settings[id(model.trunk.layer1[0].conv1.weight)] == (pytest.approx(0.02), 0.3)
-    assert settings[id(model.trunk.bn1.weight)] == (pytest.approx(0.02), 0)
+    assert settings[id(model.backbone.layer1[0].conv1.weight)] == (pytest.approx(0.02), 0.3)
+    assert settings[id(model.backbone.bn1.weight)] == (pytest.approx(0.02), 0)
     assert settings[id(model.box_heads[0].weight)] == (0.1, 0.3)
     assert settings[id(model.box_heads[0].bias)] == (0.1, 0)
     assert len(settings) == len(list(model.parameters()))
 
 
 def test_rates_fall_from_stage_to_stage():
-    config = TrainConfig(trunk="resnet18", lr=0.1, trunk_lr_scale=0.5, trunk_lr_decay=0.1, frozen_stages=-1)
-    model = FPNSSD(ModelConfig(classes=("a",), trunk="resnet18", image_size=64, fpn_channels=16))
+    config = TrainConfig(backbone="resnet18", lr=0.1, backbone_lr_scale=0.5, backbone_lr_decay=0.1, frozen_stages=-1)
+    model = FPNSSD(ModelConfig(classes=("a",), backbone="resnet18", image_size=64, fpn_channels=16))
     rates = {id(p): g["lr"] for g in build_optimizer(model, config, 0.1).param_groups for p in g["params"]}
     names = ("layer4", "layer3", "layer2", "layer1")
-    of_stages = [rates[id(getattr(model.trunk, name)[0].conv1.weight)] for name in names]
+    of_stages = [rates[id(getattr(model.backbone, name)[0].conv1.weight)] for name in names]
     assert of_stages == pytest.approx([0.05, 0.005, 0.0005, 0.00005])
-    assert rates[id(model.trunk.conv1.weight)] == pytest.approx(0.000005)
+    assert rates[id(model.backbone.conv1.weight)] == pytest.approx(0.000005)
     assert rates[id(model.fpn.laterals[0][0].weight)] == 0.1
 
 
@@ -94,7 +94,7 @@ def test_rates_fall_from_stage_to_stage():
 def test_a_step_that_found_infinity_changes_nothing(name):
     """What train_step relies on: parameters and state stay, also if it is the very first step."""
     model = tiny_model()
-    config = TrainConfig(trunk="resnet18", optimizer=name)
+    config = TrainConfig(backbone="resnet18", optimizer=name)
     for first in (True, False):
         optimizer = build_optimizer(model, config, 0.1)
         optimizer.grad_scale = None
@@ -134,8 +134,8 @@ def test_ema_by_hand():
 
 
 def test_batch_norm_over_processes_keeps_its_tensors():
-    for trunk in ("resnet18", "tf_efficientnet_lite0"):
-        model = tiny_model(trunk=trunk)
+    for backbone in ("resnet18", "tf_efficientnet_lite0"):
+        model = tiny_model(backbone=backbone)
         before = model.state_dict()
         synchronise_batch_norm(model)
         assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
@@ -161,15 +161,15 @@ def test_classes_are_carried_over_by_name():
     assert torch.equal(new.class_heads[0].bias.view(-1, 4)[:, 2], fresh["class_heads.0.bias"].view(-1, 4)[:, 2])
 
 
-def test_another_trunk_is_left_as_it_is():
-    old, new = tiny_model(), tiny_model(trunk="tf_efficientnet_lite0")
+def test_another_backbone_is_left_as_it_is():
+    old, new = tiny_model(), tiny_model(backbone="tf_efficientnet_lite0")
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     for parameter in old.parameters():
         nn.init.constant_(parameter, 2.0)
     said = load_weights(new, old)
-    assert "left out, not there or of another shape: pixel_mean, pixel_std, trunk." in said
+    assert "left out, not there or of another shape: pixel_mean, pixel_std, backbone." in said
     for name, tensor in new.state_dict().items():
-        if name.startswith(("trunk.", "pixel_")):  # its pixel statistics belong to the trunk
+        if name.startswith(("backbone.", "pixel_")):  # its pixel statistics belong to the backbone
             assert torch.equal(tensor, before[name])
     assert torch.equal(new.box_heads[0].weight, old.box_heads[0].weight)
 

@@ -1,4 +1,4 @@
-"""torchvision's detectors on our trunk: what was fitted to 300 pixels, labels, and runs that are stopped."""
+"""torchvision's detectors on our backbone: what was fitted to 300 pixels, labels, and runs that are stopped."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
-from data_list import DataList
-from recipe import lite
+from fpnssd.data.data_list import DataList
+from fpnssd.training.config import lite
 
 NAMES = ("torchvision_ssd", "torchvision_retinanet", "torchvision_fcos")
 
@@ -21,7 +21,7 @@ def peers(benchmark):
 
 @pytest.fixture
 def config():
-    tiny = {"trunk": "test_resnet", "trunk_weights": "none", "fpn_channels": 32, "frozen_stages": 0}
+    tiny = {"backbone": "test_resnet", "backbone_weights": "none", "fpn_channels": 32, "frozen_stages": 0}
     return replace(lite(), **tiny, epochs=2, batch_size=6, warmup_steps=2)
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-import pixel_cache
-from augment import AugmentConfig
-from data_list import DataList
 from datasets import DetectionDataset, EpochSampler, make_loader
-from pixel_cache import PixelCache, cache_path
+from fpnssd.data import pixel_cache
+from fpnssd.data.augment import AugmentConfig
+from fpnssd.data.data_list import DataList
+from fpnssd.data.pixel_cache import PixelCache, cache_path
 from utils import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def test_smaller_ones(tmp_path):
     PixelCache.build(data_list)
     assert cache_path(data_list, 40) != cache_path(data_list, 0)
     plain, small = DetectionDataset(data_list)[0], DetectionDataset(data_list, cache=cache)[0]
-    np.testing.assert_allclose(plain["boxes_unit"], small["boxes_unit"], atol=1e-5)
+    np.testing.assert_allclose(plain["boxes_norm"], small["boxes_norm"], atol=1e-5)
 
 
 def change_image(folder):

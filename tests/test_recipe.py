@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from fpnssd.training.checkpoints import as_builtins, from_builtins
+from fpnssd.training.config import PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
 from model import FPNSSD, ModelConfig
-from recipe import PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
-from run import as_builtins, from_builtins
 from train import main, parse_args
 
 
@@ -24,7 +24,7 @@ def test_presets_are_whole(preset):
     config = make_config(parse_args(["--preset", preset]))
     assert config.name == preset
     assert from_builtins(TrainConfig, json.loads(json.dumps(as_builtins(config)))) == config
-    FPNSSD(ModelConfig(("a",), config.trunk, config.image_size, config.fpn_channels))
+    FPNSSD(ModelConfig(("a",), config.backbone, config.image_size, config.fpn_channels))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from test_metrics import make_detections, make_list
 
-from data_list import DataList
-from metrics import rank, score
-from report import draw_curves, main, read_log, view_around, write_report
+from fpnssd.data.data_list import DataList
+from fpnssd.evaluation.metrics import rank, score
+from fpnssd.evaluation.report import draw_curves, main, read_log, view_around, write_report
 from utils import InputError
 
 TOLD = {"settings": {"detections": "made <b>up</b>.json", "device": "cpu"}, "seconds": {"load": 1.0}}

@@ -14,10 +14,10 @@ import pytest
 from tiny_training import TINY, same_end, tiny_config
 
 import train as train_module
+from fpnssd.training.checkpoints import newest_checkpoint
+from fpnssd.training.progress import StopOnSignal
 from model import load_checkpoint
-from run import newest_checkpoint
 from train import main, train
-from watch import StopOnSignal
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,7 +197,17 @@ def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsy
     # So are other rates and another precision: groups are the same whatever their values.
     capsys.readouterr()
     main(
-        ["--resume", "--name", "tiny", "--epochs", "4", "--set", "trunk_lr_scale=1", "weight_decay=0", "precision=fp16"]
+        [
+            "--resume",
+            "--name",
+            "tiny",
+            "--epochs",
+            "4",
+            "--set",
+            "backbone_lr_scale=1",
+            "weight_decay=0",
+            "precision=fp16",
+        ]
     )
     assert "now precision 'fp32' -> 'fp16'" in capsys.readouterr().out
 

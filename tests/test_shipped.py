@@ -7,8 +7,8 @@ import skimage.data
 import torch
 from torchvision.ops import box_iou
 
-from annotations import VOC_CLASSES
-from detector import load_detector
+from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.inference.detector import load_detector
 from model import DEFAULT_CHECKPOINT, FPNSSD
 
 PATH = Path(DEFAULT_CHECKPOINT)

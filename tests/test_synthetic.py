@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from annotations import read_voc
 from create_data_lists import create_data_lists
-from synthetic import SHAPES, draw_dataset, draw_image
+from fpnssd.data.annotations import read_voc
+from fpnssd.data.synthetic import SHAPES, draw_dataset, draw_image
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from tiny_training import TINY, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from annotations import read_voc
-from augment import NO_AUGMENTATION
 from create_data_lists import create_data_lists
-from data_list import DataList
-from detector import torch_detector
 from eval import Predictor, evaluate
+from fpnssd.data.annotations import read_voc
+from fpnssd.data.augment import NO_AUGMENTATION
+from fpnssd.data.data_list import DataList
+from fpnssd.inference.detector import torch_detector
+from fpnssd.training.config import PRESETS, TrainConfig
+from fpnssd.training.progress import StopOnSignal
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
-from recipe import PRESETS, TrainConfig
 from train import main, train
-from watch import StopOnSignal
 
 
 def test_a_run_from_lists_to_files(drawn, in_tmp, capsys):

@@ -9,9 +9,9 @@ from PIL import Image
 from sure_network import save_sure_network
 
 from detect import main
-from detector import Detector, load_detector
-from images import DataError
-from video import Video, written_video
+from fpnssd.data.images import DataError
+from fpnssd.inference.detector import Detector, load_detector
+from fpnssd.inference.video import Video, written_video
 
 av = pytest.importorskip("av")
 

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import torch
 
+from fpnssd.training.config import make_config
 from model import load_checkpoint
-from recipe import make_config
 from train import parse_args
 
-TINY = ["trunk=test_resnet", "trunk_weights=none", "image_size=64", "fpn_channels=16", "batch_size=4", "eval_every=1"]
+TINY = [
+    "backbone=test_resnet",
+    "backbone_weights=none",
+    "image_size=64",
+    "fpn_channels=16",
+    "batch_size=4",
+    "eval_every=1",
+]
 TINY += ["precision=fp32", "device=cpu", "warmup_steps=2", "workers=0", "nominal_batch=4"]
 TIMING = ("seconds", "images_per_s", "share_waiting")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detector import Detector
+from fpnssd.inference.detector import Detector
 from model import ModelConfig, priors_of
 from utils import InputError, hash_file
 
@@ -81,7 +81,7 @@ def load_exported(path, device="auto", precision="auto"):
     load, runtime = (_load_onnx, "onnx") if path.suffix.lower() == ".onnx" else (_load_openvino, "openvino")
     forward, texts, precision = load(path, precision)
     try:
-        config = ModelConfig(**json.loads(texts.get(CONFIG_KEY, "")))
+        config = ModelConfig.from_dict(json.loads(texts.get(CONFIG_KEY, "")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} carries no configuration of ours ({error}): was it made by export.py?") from error
     about = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": precision}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from images import MAX_PIXELS, DataError, fit_image, open_image, to_rgb
+from fpnssd.data.images import MAX_PIXELS, DataError, fit_image, open_image, to_rgb
 from model import FPNSSD, load_checkpoint, postprocess
 from utils import InputError, autocast, pick_device, pick_precision
 
@@ -173,7 +173,7 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
     if kind != "torch":
         if runtime not in ("auto", kind):
             raise InputError(f"{path} is for the runtime {kind}, not {runtime}: give the checkpoint it was made of")
-        import runtimes  # what it needs is installed where exported files are
+        from fpnssd.inference import runtimes  # what it needs is installed where exported files are
 
         return runtimes.load_exported(path, device, precision)
     place = pick_device(device)
@@ -181,7 +181,7 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
     if runtime not in ("auto", "torch") and not on_cpu:
         raise InputError(f"runtime {runtime} runs on the CPU, at the precision it finds fast: leave --precision alone")
     if runtime != "torch" and on_cpu and path.is_file():
-        import runtimes
+        from fpnssd.inference import runtimes
 
         make = pictures > WORTH_CONVERTING or runtime != "auto"
         if detector := runtimes.detector_beside(path, runtime, make):

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import torch
 
-from images import DataError
-from utils import file_name_of, written_whole
+from fpnssd.data.images import DataError
+from utils import atomic_write, file_name_of
 
 
 def write_coco(path, data_list, detections):
@@ -26,7 +26,7 @@ def write_coco(path, data_list, detections):
             box = [x0, y0, x1 - x0, y1 - y0]
             category_id = data_list.category_ids[label - 1]
             rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Path(temporary).write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -48,7 +48,7 @@ def write_voc(folder, data_list, detections, split):
         for (x0, y0, x1, y1), score, label in _rows(result):
             lines[label].append(f"{name} {score:.6f} {x0 + 1:.3f} {y0 + 1:.3f} {x1:.3f} {y1:.3f}\n")
     for path, label in paths.items():
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             Path(temporary).write_text("".join(lines[label]), encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def write_voc_xml(path, found, file_name):
         for tag, value in box.items():
             ElementTree.SubElement(corners, tag).text = f"{value:.3f}"
     ElementTree.indent(root)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
 
 
@@ -80,7 +80,7 @@ def write_yolo(path, found):
         f"{(x1 - x0) / width:.6f} {(y1 - y0) / height:.6f} {score:.6f}\n"
         for (x0, y0, x1, y1), score, label, _ in found.rows()
     ]
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Path(temporary).write_text("".join(lines), encoding="utf-8")
 
 

@@ -13,13 +13,13 @@ from torch.distributed import DistError
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-import distributed
 from datasets import collate, draw_batch
-from distributed import is_main
-from images import DataError, fit_image
-from report import draw_curves
-from run import tolerant
-from utils import evenly_spaced, explain
+from fpnssd.data.images import DataError, fit_image
+from fpnssd.evaluation.report import draw_curves
+from fpnssd.training import distributed
+from fpnssd.training.checkpoints import warn_if_unwritable
+from fpnssd.training.distributed import is_main
+from utils import error_message, evenly_spaced
 
 try:
     import resource
@@ -79,17 +79,17 @@ class Watch:
                 self.board.add_scalar(name, value, run.step)
 
     def first_batches(self, batch, classes, step):
-        with tolerant(self.folder / f"batch_{step}.jpg") as attempt:
+        with warn_if_unwritable(self.folder / f"batch_{step}.jpg") as attempt:
             picture = draw_batch(batch, classes)
             picture.save(attempt.what)
             self._show("batch", picture, step)
 
     def evaluation(self, row, data_list, detections):
         """After run.write_log: curves, scores, and what is found in the same few images each time."""
-        with tolerant(self.folder / "curves.png") as attempt:
+        with warn_if_unwritable(self.folder / "curves.png") as attempt:
             draw_curves(self.folder / "log.csv", attempt.what)
         if len(data_list):
-            with tolerant(self.folder / f"val_{row['epoch']:03}.jpg") as attempt:
+            with warn_if_unwritable(self.folder / f"val_{row['epoch']:03}.jpg") as attempt:
                 picture = draw_found(data_list, detections, data_list.classes)
                 picture.save(attempt.what)
                 self._show("val", picture, row["step"])
@@ -190,7 +190,7 @@ def draw_found(data_list, detections, classes, side=300):
         samples.append(
             {
                 "image": fit_image(data_list.read_image(index), side),
-                "boxes_unit": found["boxes"] / torch.tensor([width, height, width, height]),
+                "boxes_norm": found["boxes"] / torch.tensor([width, height, width, height]),
                 "labels": found["labels"],
                 "difficult": torch.zeros(len(found["labels"]), dtype=torch.bool),
                 "crowd": torch.zeros(len(found["labels"]), dtype=torch.bool),
@@ -206,7 +206,7 @@ def describe_not_finite(run, dataset, step, terms, norm, keys):
     """What a step without a finite loss or gradient saw; its batch is drawn again and saved."""
     picture = run.folder / f"not_finite_{step}_rank{distributed.rank()}.jpg"
     samples = [dataset[tuple(key)] for key in keys]
-    with tolerant(picture):
+    with warn_if_unwritable(picture):
         draw_batch(collate(samples), run.model.config.classes).save(picture)
     said = ", ".join(f"{name} {value:g}" for name, value in terms.items())
     return (
@@ -218,7 +218,7 @@ def describe_not_finite(run, dataset, step, terms, norm, keys):
 
 def describe_out_of_memory(config, smaller, error):
     """smaller: the batch sizes with which a step still has as many images."""
-    means = "a smaller trunk, fpn_channels or image_size takes less"
+    means = "a smaller backbone, fpn_channels or image_size takes less"
     if config.batch_size > 1:
         means = f"another run with --batch-size {config.batch_size // 2} takes half of it"
     if smaller:
@@ -232,11 +232,11 @@ def describe_out_of_memory(config, smaller, error):
 def describe_failure_from_outside(error):
     """What is wrong with the data, a loader's worker or another process; None if it is the program's own fault."""
     if isinstance(error, DataError):
-        return explain(error)
+        return error_message(error)
     text = str(error)
     if isinstance(error, LOST_WORKER) or "DataLoader worker" in text or "Pin memory thread" in text:
         reason = "it is usually killed because the machine's memory ran out: fewer --workers take less"
-        return f"a worker that loads data was lost ({explain(error)}); {reason}"
+        return f"a worker that loads data was lost ({error_message(error)}); {reason}"
     if distributed.num_processes() > 1 and (isinstance(error, DistError) or "gloo" in text):
-        return f"process {distributed.rank()} lost the others ({explain(error)}): one of them says why"
+        return f"process {distributed.rank()} lost the others ({error_message(error)}): one of them says why"
     return None

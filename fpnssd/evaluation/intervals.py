@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask
 
-from metrics import Ranked, match_voc
+from fpnssd.evaluation.metrics import Ranked, match_voc
 
 NAMES = ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")
 COCO_OVERLAPS = np.linspace(0.5, 0.95, 10)

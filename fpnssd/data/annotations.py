@@ -19,8 +19,8 @@ import yaml
 from defusedxml import DefusedXmlException
 from torchvision.datasets import VOCDetection
 
-from data_check import Problem, RawObject, Record
-from images import IMAGE_SUFFIXES, DataError
+from fpnssd.data.checks import Problem, RawObject, Record
+from fpnssd.data.images import IMAGE_SUFFIXES, DataError
 
 # fmt: off
 VOC_CLASSES = (

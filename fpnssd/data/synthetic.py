@@ -1,6 +1,6 @@
 """Draws a small data set in VOC's layout: six kinds of shape on cluttered backgrounds. Needs no download.
 
-    python synthetic.py --out data/synthetic_voc --train 300 --val 60 --seed 0
+    python -m fpnssd.data.synthetic --out data/synthetic_voc --train 300 --val 60 --seed 0
 
 Objects come in all three of COCO's sizes, overlap, are cut off by the frame, and are `difficult` where little of them
 shows; some images hold none. An image is decided by the seed, its split and its number alone.
@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from utils import written_whole
+from utils import atomic_write
 
 EMPTY_SHARE = 0.06  # images without objects
 SUPERSAMPLE = 2  # shapes are drawn larger and shrunk, for smooth edges
@@ -44,11 +44,11 @@ def draw_dataset(out, counts, seed=0):
         names = [f"{split}_{number:05}" for number in range(count)]
         for number, name in enumerate(names):
             image, objects = draw_image(np.random.default_rng([seed, split_number, number]))
-            with written_whole(out / "JPEGImages" / f"{name}.jpg") as temporary:
+            with atomic_write(out / "JPEGImages" / f"{name}.jpg") as temporary:
                 image.save(temporary, "JPEG", quality=90)
-            with written_whole(out / "Annotations" / f"{name}.xml") as temporary:
+            with atomic_write(out / "Annotations" / f"{name}.xml") as temporary:
                 Path(temporary).write_text(to_xml(name, image.size, objects), encoding="utf-8")
-        with written_whole(out / "ImageSets" / "Main" / f"{split}.txt") as temporary:
+        with atomic_write(out / "ImageSets" / "Main" / f"{split}.txt") as temporary:
             Path(temporary).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 

@@ -7,11 +7,11 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from augment import NO_AUGMENTATION, AugmentConfig
-from distributed import num_processes
-from loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
+from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig
+from fpnssd.training.checkpoints import saved_config
+from fpnssd.training.distributed import num_processes
+from fpnssd.training.loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
 from model import ModelConfig
-from run import saved_config
 from utils import InputError, set_fields
 
 
@@ -25,23 +25,23 @@ class TrainConfig:
     val_split: str = "val"
     images: str = ""  # folder of the photographs, if not where the data lists say
 
-    trunk: str = "resnet50"
-    trunk_weights: str = "imagenet"  # or none, or a file
+    backbone: str = "resnet50"
+    backbone_weights: str = "imagenet"  # or none, or a file
     weights: str = ""  # a checkpoint to start from, of any classes: what fits is taken
     image_size: int = 300
     neck: str = "fpn"  # or ssd: without the top-down path
     fpn_channels: int = 256
     scales: tuple = ModelConfig.scales  # of the priors, a level each
-    frozen_stages: int = 1  # trunk stages that do not train: -1 none, 0 the stem, k the stem and k stages
-    batch_norm: str = "frozen"  # the trunk's keeps its ImageNet statistics and factors; or train; or sync: over GPUs
+    frozen_stages: int = 1  # backbone stages that do not train: -1 none, 0 the stem, k the stem and k stages
+    batch_norm: str = "frozen"  # the backbone's keeps its ImageNet statistics and factors; or train; or sync: over GPUs
 
     epochs: int = 60
     batch_size: int = 32  # images a process takes at a time
     nominal_batch: int = 32  # images a step, about: so many batches are accumulated as come nearest to it
     optimizer: str = "adamw"  # or sgd
-    lr: float = 1e-3  # of all but the trunk, for nominal_batch; larger steps scale it (see scaled_lr)
-    trunk_lr_scale: float = 0.2  # pretrained trunks forget: theirs is so much of lr
-    trunk_lr_decay: float = 1.0  # and so much less for each stage further from the heads
+    lr: float = 1e-3  # of all but the backbone, for nominal_batch; larger steps scale it (see scaled_lr)
+    backbone_lr_scale: float = 0.2  # pretrained backbones forget: theirs is so much of lr
+    backbone_lr_decay: float = 1.0  # and so much less for each stage further from the heads
     momentum: float = 0.9  # of sgd
     weight_decay: float = 1e-4  # of weights; biases and norms have none
     schedule: str = "cosine"  # to 0; or steps: a tenth after each milestone
@@ -76,25 +76,25 @@ class TrainConfig:
 
 
 # In place of SSD's own matching and losses, which are TrainConfig's defaults: what README.md, "Results", found better.
-BY_QUALITY = {"matching": "atss", "box_loss": "giou", "box_weight": 2.0, "class_loss": "quality"}
+ATSS_QFL = {"matching": "atss", "box_loss": "giou", "box_weight": 2.0, "class_loss": "quality"}
 
 
 def voc2012():
     """ResNet-50 on VOC2012 train, evaluated on val."""
-    return TrainConfig(**BY_QUALITY)
+    return TrainConfig(**ATSS_QFL)
 
 
 def voc0712():
     """The usual benchmark: VOC2007 and VOC2012 trainval, evaluated on VOC2007 test."""
     return TrainConfig(
-        name="voc0712", data="data/voc0712", train_split="trainval", val_split="test", epochs=80, **BY_QUALITY
+        name="voc0712", data="data/voc0712", train_split="trainval", val_split="test", epochs=80, **ATSS_QFL
     )
 
 
 def voc280():
     """SSD's own recipe for 280 epochs: its losses, and SGD, a tenth of the rate after two thirds and five sixths."""
     return TrainConfig(
-        name="voc280", epochs=280, optimizer="sgd", lr=2e-3, trunk_lr_scale=1.0, weight_decay=5e-4, schedule="steps",
+        name="voc280", epochs=280, optimizer="sgd", lr=2e-3, backbone_lr_scale=1.0, weight_decay=5e-4, schedule="steps",
         warmup_steps=500, eval_every=10,
     )  # fmt: skip
 
@@ -102,25 +102,25 @@ def voc280():
 def lite():
     """The small detector: trains in minutes to hours on a CPU, from weights that an installable package carries."""
     return TrainConfig(
-        name="lite", trunk="tf_efficientnet_lite2", fpn_channels=128, frozen_stages=3, epochs=36, batch_size=16,
+        name="lite", backbone="tf_efficientnet_lite2", fpn_channels=128, frozen_stages=3, epochs=36, batch_size=16,
         nominal_batch=16, warmup_steps=50, workers=1, augment=AugmentConfig(copy_paste=0.5, close_epochs=3),
-        class_balance=0.5, **BY_QUALITY,
+        class_balance=0.5, **ATSS_QFL,
     )  # fmt: skip
 
 
 def demo():
     """make demo: shapes that synthetic.py draws, learnt in minutes on two cores."""
     return TrainConfig(
-        name="demo", data="data/synthetic", trunk="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3,
-        trunk_lr_scale=1.0, epochs=8, batch_size=8, nominal_batch=8, augment=NO_AUGMENTATION, warmup_steps=30,
+        name="demo", data="data/synthetic", backbone="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3,
+        backbone_lr_scale=1.0, epochs=8, batch_size=8, nominal_batch=8, augment=NO_AUGMENTATION, warmup_steps=30,
         ema_decay=0.98, workers=1,
     )  # fmt: skip
 
 
 PRESETS = {preset.__name__: preset for preset in (voc2012, voc0712, voc280, lite, demo)}
 FLAGS = (
-    "name", "data", "images", "cache", "trunk", "trunk_weights", "weights", "epochs", "batch_size", "lr", "workers",
-    "seed", "device", "precision", "compile",
+    "name", "data", "images", "cache", "backbone", "backbone_weights", "weights", "epochs", "batch_size", "lr",
+    "workers", "seed", "device", "precision", "compile",
 )  # fmt: skip
 CHOICES = {
     "neck": ("fpn", "ssd"),

@@ -4,7 +4,7 @@
     matches = loss.match(batch)
     terms = loss(offsets, logits, batch, matches, matches.num_positives.clamp(min=1))  # {"box": ..., "class": ...}
 
-A batch's objects come padded: boxes_unit (B, N, 4) xyxy in 0..1, labels (B, N) with 0 where there is no object,
+A batch's objects come padded: boxes_norm (B, N, 4) xyxy in 0..1, labels (B, N) with 0 where there is no object,
 difficult and crowd (B, N) bool. Nothing here loops over images or waits for the device.
 """
 
@@ -73,7 +73,7 @@ def match(priors, batch, rule=overlap_rule, difficult_positive=True):
     Crowds (and difficult objects, unless difficult_positive) claim none, and a prior that lies in one by half of its
     own area or more is IGNORED, if it answers for nothing else. priors: (P, 4) cxcywh.
     """
-    boxes, labels = batch["boxes_unit"], batch["labels"]
+    boxes, labels = batch["boxes_norm"], batch["labels"]
     batch_size, num_objects = labels.shape
     num_priors = len(priors)
     if num_objects == 0:
@@ -281,16 +281,16 @@ class MultiBoxLoss(nn.Module):
         normaliser: a number or () tensor, usually the positives of all batches of the step, at least 1.
         """
         positive = matches.labels > 0
-        boxes_cxcywh = self._boxes_to_meet(batch["boxes_unit"], positive, matches.objects)
+        boxes_cxcywh = self._boxes_to_meet(batch["boxes_norm"], positive, matches.objects)
         box_losses = torch.where(positive, self.box_loss(offsets, boxes_cxcywh, self.priors), 0)
         class_loss = self.class_loss(logits, matches.labels, self._quality(offsets, boxes_cxcywh))
         return {"box": box_losses.sum() / normaliser, "class": class_loss / normaliser}
 
-    def _boxes_to_meet(self, boxes_unit, positive, objects):
+    def _boxes_to_meet(self, boxes_norm, positive, objects):
         """(B, P, 4) cxcywh; priors without an object aim at themselves, as padding has no sides."""
-        if boxes_unit.shape[1] == 0:
-            return self.priors.expand(len(boxes_unit), -1, -1)
-        boxes = box_convert(boxes_unit, "xyxy", "cxcywh").gather(1, objects[..., None].expand(-1, -1, 4))
+        if boxes_norm.shape[1] == 0:
+            return self.priors.expand(len(boxes_norm), -1, -1)
+        boxes = box_convert(boxes_norm, "xyxy", "cxcywh").gather(1, objects[..., None].expand(-1, -1, 4))
         return torch.where(positive[..., None], boxes, self.priors)
 
     @torch.no_grad()

@@ -18,9 +18,9 @@ import torch
 from PIL import ImageOps
 from torchvision.ops import box_convert, box_iou
 
-from images import DataError, open_image, to_rgb
+from fpnssd.data.images import DataError, open_image, to_rgb
 from model import ModelConfig, make_priors
-from utils import written_whole
+from utils import atomic_write
 
 # What can be wrong, and what is done about it. --strict fails on all but what is only noted.
 LEFT_OUT = {
@@ -411,12 +411,12 @@ def draw_report(report, path):
     for axis in (by_side, by_aspect):
         axis.set_xticks(axis.get_xticks(), minor=False)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def write_report(report, out):
     """check.json and check.png in the folder `out`."""
-    with written_whole(out / "check.json") as temporary:
+    with atomic_write(out / "check.json") as temporary:
         Path(temporary).write_text(json.dumps(report, indent=1), encoding="utf-8")
     draw_report(report, out / "check.png")

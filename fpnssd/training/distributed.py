@@ -15,7 +15,7 @@ from utils import InputError
 
 
 @contextlib.contextmanager
-def joined(device):
+def init_distributed(device):
     """Joins the processes that torchrun started, if it did; yields this process's device.
 
     device: what the user asked for; of several GPUs each process takes the one of its local rank.
@@ -67,7 +67,7 @@ def gather(thing):
     return things
 
 
-def from_main(thing):
+def broadcast(thing):
     """The main process's thing, in every process."""
     if not dist.is_initialized():
         return thing

@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils import InputError
 
 
-def trunk_stages(trunk):
-    """The trunk's modules as [stem, stage 1, stage 2, ...]; knows the names that timm's families give them."""
+def backbone_stages(backbone):
+    """The backbone's modules as [stem, stage 1, stage 2, ...]; knows the names that timm's families give them."""
     stem, stages = [], []
-    for name, child in trunk.named_children():
+    for name, child in backbone.named_children():
         if name in ("blocks", "stages"):
             stages += [[stage] for stage in child]
         elif re.fullmatch(r"(layer|stages?_?|blocks_)\d+", name):
@@ -29,54 +29,55 @@ def trunk_stages(trunk):
 
 def freeze(model, config):
     """Takes frozen stages and batch norm out of training, for good; set_train_mode keeps them in evaluation mode."""
-    stages = trunk_stages(model.trunk)
-    if len(stages) == 1 and (config.frozen_stages >= 0 or config.trunk_lr_decay != 1):
+    stages = backbone_stages(model.backbone)
+    if len(stages) == 1 and (config.frozen_stages >= 0 or config.backbone_lr_decay != 1):
         raise InputError(
-            f"the stages of trunk {config.trunk!r} are not known: --set frozen_stages=-1 trunk_lr_decay=1.0 treats all "
-            "of it alike"
+            f"the stages of backbone {config.backbone!r} are not known: --set frozen_stages=-1 backbone_lr_decay=1.0 "
+            "treats all of it alike"
         )
     if not -1 <= config.frozen_stages < len(stages):
         raise InputError(
-            f"frozen_stages is {config.frozen_stages}; trunk {config.trunk!r} takes -1 (none) to {len(stages) - 1}"
+            f"frozen_stages is {config.frozen_stages}; backbone {config.backbone!r} takes -1 (none) to "
+            f"{len(stages) - 1}"
         )
     for modules in stages[: config.frozen_stages + 1]:
         for module in modules:
             module.requires_grad_(False)
     if config.batch_norm == "frozen":
-        for module in model.trunk.modules():
+        for module in model.backbone.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
 
 
 def synchronise_batch_norm(model):
     """Batch norm over all processes' images in place of each one's own."""
-    model.trunk = convert_sync_batchnorm(model.trunk)
+    model.backbone = convert_sync_batchnorm(model.backbone)
 
 
 def set_train_mode(model):
     """Training mode but for batch norm whose factors are frozen: its statistics stay too."""
     model.train()
-    for module in model.trunk.modules():
+    for module in model.backbone.modules():
         if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
             module.eval()
 
 
 def build_optimizer(model, config, lr):
-    """AdamW or SGD; lr is that of everything but the trunk.
+    """AdamW or SGD; lr is that of everything but the backbone.
 
-    The trunk's is config.trunk_lr_scale times it, and config.trunk_lr_decay times less for each stage further down.
-    Weights decay; biases and norms do not. Fused: its kernels skip a step on the device (see train.train_step).
+    The backbone's is config.backbone_lr_scale times it, and config.backbone_lr_decay times less for each stage further
+    down. Weights decay; biases and norms do not. Fused: its kernels skip a step on the device (see train.train_step).
     """
-    stages = trunk_stages(model.trunk)
+    stages = backbone_stages(model.backbone)
     depth_of = {id(p): k for k, modules in enumerate(stages[::-1]) for m in modules for p in m.parameters()}
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor, depth = 1.0, None
-        if name.startswith("trunk."):
+        if name.startswith("backbone."):
             depth = depth_of.get(id(parameter), 0)
-            factor = config.trunk_lr_scale * config.trunk_lr_decay**depth
+            factor = config.backbone_lr_scale * config.backbone_lr_decay**depth
         decays = parameter.dim() > 1
         group = {"params": [], "lr": lr * factor, "initial_lr": lr * factor}
         group["weight_decay"] = config.weight_decay if decays else 0.0
@@ -154,8 +155,8 @@ def load_weights(model, other):
     rows = [("background", *other.config.classes).index(name) if name in other.config.classes else -1 for name in names]
     rows[0] = 0
     left_out = []
-    if other.config.trunk != model.config.trunk:  # its trunk's tensors and pixel statistics belong to each other
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(("trunk.", "pixel_"))}
+    if other.config.backbone != model.config.backbone:  # its tensors and pixel statistics go together
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(("backbone.", "pixel_"))}
     for name, tensor in wanted.items():
         source = given.get(name)
         if source is not None and source.shape == tensor.shape and not name.startswith("class_heads."):

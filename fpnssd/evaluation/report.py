@@ -3,8 +3,8 @@
     python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
     python report.py runs/lite                        # runs/lite/log.csv -> runs/lite/curves.png
 
-A report is one HTML file that needs no network. Its numbers come from metrics.py, intervals.py and diagnosis.py; the
-page around them is report_template.html.
+A report is one HTML file that needs no network. Its numbers come from metrics.py, intervals.py and error_analysis.py;
+the page around them is report_template.html.
 """
 
 import argparse
@@ -22,11 +22,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import ImageDraw
 
-import diagnosis
-from detector import MIN_SCORE
-from images import DataError
-from metrics import is_true_of, precision_curve
-from utils import InputError, written_whole
+from fpnssd.data.images import DataError
+from fpnssd.evaluation import error_analysis
+from fpnssd.evaluation.metrics import is_true_of, precision_curve
+from fpnssd.inference.detector import MIN_SCORE
+from utils import InputError, atomic_write
 
 PROTOCOLS = {
     "voc2007_ap50": "VOC2007: IoU 0.5, mean precision at 11 recalls",
@@ -81,7 +81,7 @@ class Chart:
 
 def write_report(path, data_list, ranked, metrics):
     """Writes the report of Ranked detections and their metrics (as eval.py prints them) as one HTML file."""
-    errors = diagnosis.find_errors(data_list, ranked)
+    errors = error_analysis.find_errors(data_list, ranked)
     charts = []
     with matplotlib.rc_context(STYLE):
         if metrics["objects"]:
@@ -108,12 +108,12 @@ def write_report(path, data_list, ranked, metrics):
         charts=[chart for chart in charts if chart],
         false_positives=picture_false_positives(data_list, ranked, errors),
         missed=picture_missed(data_list, ranked, errors),
-        error_types=diagnosis.ERROR_TYPES,
+        error_types=error_analysis.ERROR_TYPES,
         shown_score=MIN_SCORE,
         colours={"detection": ORANGE, "object": BLUE},
         today=date.today().isoformat(),
     )
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Path(temporary).write_text(html, encoding="utf-8")
 
 
@@ -123,7 +123,7 @@ def percent(value):
 
 def chart_lost(data_list, ranked, errors):
     """AP that mending each type of error would add."""
-    gains = diagnosis.gains(data_list, ranked, errors)
+    gains = error_analysis.gains(data_list, ranked, errors)
     figure, axes = new_figure(2.4)
     names = list(gains)[::-1]
     bars = axes.barh(names, [100 * gains[name] for name in names], color=BLUE)
@@ -137,7 +137,7 @@ def chart_lost(data_list, ranked, errors):
         "VOC2010 AP at IoU 0.5 that would be gained if one type of error were mended and all others stayed, as TIDE "
         "defines them (arXiv:2008.08016). The types do not add up to 100.",
         ("error", "points", "number", "what it is"),
-        [(name, f"{100 * gains[name]:.2f}", counts[name], said) for name, said in diagnosis.ERROR_TYPES.items()],
+        [(name, f"{100 * gains[name]:.2f}", counts[name], said) for name, said in error_analysis.ERROR_TYPES.items()],
     )
 
 
@@ -212,7 +212,7 @@ def chart_curves(data_list, ranked, errors, metrics):
 
 
 def chart_calibration(ranked, errors):
-    bins = diagnosis.calibration(ranked, errors)
+    bins = error_analysis.calibration(ranked, errors)
     known = [(number, one) for number, one in enumerate(bins) if one]
     figure = Figure(figsize=(CHART_WIDTH, 4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -245,7 +245,7 @@ def chart_calibration(ranked, errors):
 
 
 def chart_confusion(data_list, ranked, errors):
-    matrix = diagnosis.confusion(data_list, ranked, errors, MIN_SCORE)
+    matrix = error_analysis.confusion(data_list, ranked, errors, MIN_SCORE)
     names = ["background", *data_list.classes]
     wrong = matrix - np.diag(np.diag(matrix))
     shown = np.arange(len(names))
@@ -286,15 +286,15 @@ def chart_confusion(data_list, ranked, errors):
 def charts_of_groups(data_list, ranked, errors, metrics):
     """AP by size, aspect, and truncation where it is known."""
     kinds = {
-        "size": (diagnosis.size_groups(data_list), "square root of the area, in pixels of the original image"),
-        "aspect": (diagnosis.aspect_groups(data_list), "width / height"),
-        "truncation": (diagnosis.truncation_groups(data_list), "is a part of it out of sight?"),
+        "size": (error_analysis.size_groups(data_list), "square root of the area, in pixels of the original image"),
+        "aspect": (error_analysis.aspect_groups(data_list), "width / height"),
+        "truncation": (error_analysis.truncation_groups(data_list), "is a part of it out of sight?"),
     }
     for kind, (groups, unit) in kinds.items():
         if groups is None:
             continue
         names = groups[0]
-        aps = diagnosis.ap_by_group(data_list, ranked, errors, groups)
+        aps = error_analysis.ap_by_group(data_list, ranked, errors, groups)
         figure, axes = new_figure(0.9 + 0.32 * len(names))
         labels = [f"{name} ({count})" for name, (_, count) in zip(names, aps, strict=True)]
         bars = axes.barh(labels[::-1], [100 * (ap or 0) for ap, _ in aps[::-1]], color=BLUE)
@@ -341,7 +341,7 @@ def as_svg(figure):
 def picture_false_positives(data_list, ranked, errors):
     """[dict of image (data: address or None), alt, title, text], the costliest first."""
     pictures = []
-    for row, cost in diagnosis.costliest_false_positives(data_list, ranked, errors):
+    for row, cost in error_analysis.costliest_false_positives(data_list, ranked, errors):
         image_row, name = int(ranked.images[row]), data_list.classes[ranked.labels[row] - 1]
         title = f"{name} {ranked.scores[row]:.2f}: {errors.types[row]}"
         meant = errors.objects[row]
@@ -356,7 +356,7 @@ def picture_missed(data_list, ranked, errors):
     pictures = []
     images = data_list.object_images
     shown = np.flatnonzero(ranked.scores > MIN_SCORE)
-    for row, cost in diagnosis.costliest_missed(data_list, errors):
+    for row, cost in error_analysis.costliest_missed(data_list, errors):
         sides = data_list.boxes[row, 2:] - data_list.boxes[row, :2]
         text = f"{sides[0]:.0f} x {sides[1]:.0f} pixels; costs {100 * cost:.2f} points or more"
         drawn = [(ranked.boxes[k], ORANGE) for k in shown[ranked.images[shown] == images[row]]]
@@ -440,13 +440,13 @@ def draw_curves(log, picture):
             rate.plot(epochs, values, label="at the epoch's end")
     losses.set(title="training loss", ylabel="mean of an epoch")
     scores.set(title="scores on the evaluation split", ylabel="AP, percent")
-    rate.set(title="learning rate (of all but the trunk)")
+    rate.set(title="learning rate (of all but the backbone)")
     for axis in (losses, scores, rate):
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    with written_whole(picture) as temporary:
+    with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

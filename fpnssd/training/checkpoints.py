@@ -17,9 +17,9 @@ import numpy as np
 import timm
 import torch
 
-from distributed import is_main
+from fpnssd.training.distributed import is_main
 from model import load_checkpoint, save_checkpoint
-from utils import InputError, hash_file, written_whole
+from utils import InputError, atomic_write, hash_file
 
 LAST, PREVIOUS, NEXT, BEST = (f"{name}.pth.tar" for name in ("last", "previous", "next", "best"))
 # What a resumed run may have otherwise without a word, and what it cannot: shapes, and which samples a step sees.
@@ -28,7 +28,7 @@ FREE = {
     "batch_size", "weights",
 }  # fmt: skip
 FIXED = {
-    "trunk", "image_size", "neck", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split",
+    "backbone", "image_size", "neck", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split",
     "seed", "frozen_stages", "batch_norm", "class_balance",
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ class Run:
 
     def save_best(self, score):
         """Writes best.pth.tar; True if that went well."""
-        with tolerant(self.folder / BEST) as attempt:
+        with warn_if_unwritable(self.folder / BEST) as attempt:
             about = {"step": self.step, "best": score, "train_config": as_builtins(self.config)}
             save_checkpoint(self.folder / BEST, self.ema.module, **about)
         return attempt.went_well
@@ -171,13 +171,13 @@ class Run:
         if not self.log:
             return
         columns = list(dict.fromkeys(name for row in self.log for name in row))
-        with written_whole(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+        with atomic_write(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.log)
 
 
-class tolerant:
+class warn_if_unwritable:
     """A block whose failure to write is said and not raised: a full disk costs no training."""
 
     def __init__(self, what):

@@ -9,8 +9,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from detector import MIN_SCORE
-from utils import InputError, class_colour, explain
+from fpnssd.inference.detector import MIN_SCORE
+from utils import InputError, class_colour, error_message
 
 KEEP_UPLOADS = 3600  # seconds
 
@@ -158,13 +158,13 @@ def heading_html(detector):
     about, config = detector.about, detector.config
     names = ", ".join(config.classes[:30]) + (", ..." if len(config.classes) > 30 else "")
     return (
-        f"<h1>FPN-SSD</h1><p>{html.escape(about['source'])}: {html.escape(config.trunk)}, {config.image_size} px, on "
-        f"{about['runtime']} ({about['device']}, {about['precision']}). It knows {html.escape(names)}.</p>"
+        f"<h1>FPN-SSD</h1><p>{html.escape(about['source'])}: {html.escape(config.backbone)}, {config.image_size} px, "
+        f"on {about['runtime']} ({about['device']}, {about['precision']}). It knows {html.escape(names)}.</p>"
     )
 
 
 def refusal(error):
-    return f'<p class="refused" role="alert">{html.escape(explain(error))}</p>'
+    return f'<p class="refused" role="alert">{html.escape(error_message(error))}</p>'
 
 
 def picture_html(key, answer, found, knobs):

@@ -9,8 +9,8 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-from images import DataError
-from utils import InputError, written_whole
+from fpnssd.data.images import DataError
+from utils import InputError, atomic_write
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 # What a camera's number means, and the format that FFmpeg reads it as.
@@ -75,7 +75,7 @@ def written_video(path, like):
     The file is there, whole, when the block ends well; DataError if no frame came, or FFmpeg cannot write it.
     """
     av, container, stream = need_av(), None, None
-    with written_whole(path) as temporary, contextlib.ExitStack() as stack:
+    with atomic_write(path) as temporary, contextlib.ExitStack() as stack:
 
         def write(picture, time):
             nonlocal container, stream

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics import best_objects, is_true_of, match_voc, mean_of_known, voc2010_ap
+from fpnssd.evaluation.metrics import best_objects, is_true_of, match_voc, mean_of_known, voc2010_ap
 
 MIN_OVERLAP, BACKGROUND = 0.5, 0.1
 ERROR_TYPES = {
@@ -44,7 +44,7 @@ def find_errors(data_list, ranked):
     """TIDE's types of errors (Bolya et al. 2020, arXiv:2008.08016) of Ranked detections -> Errors.
 
     Types are asked for in the order of TIDE's own program: location, class, duplicate, background, both. Difficult
-    objects and crowds can explain a wrong detection too, but are never missed.
+    objects and crowds can error_message a wrong detection too, but are never missed.
     """
     status = match_voc(data_list, ranked, MIN_OVERLAP)
     other, other_overlaps = best_objects(data_list, ranked.images, ranked.labels, ranked.boxes, of_other_classes=True)

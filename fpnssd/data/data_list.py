@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from images import DataError, read_image
-from utils import hash_file, written_whole
+from fpnssd.data.images import DataError, read_image
+from utils import atomic_write, hash_file
 
 ARRAYS_VERSION = 2  # of the fields that such a file holds (see DataList)
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
@@ -208,7 +208,7 @@ class DataList:
                 content |= {f"{name}.data": torch.tensor(value.data), f"{name}.ends": torch.tensor(value.ends)}
             elif isinstance(value, np.ndarray):
                 content[name] = torch.from_numpy(value)
-        with written_whole(arrays_file) as temporary:
+        with atomic_write(arrays_file) as temporary:
             torch.save(content, temporary)
 
     @classmethod

@@ -1,6 +1,6 @@
 """The checkpoint of the original FPN-SSD300 project -> one of ours, without running any code that is in it.
 
-    python convert_checkpoint.py checkpoint_ssd300_280.pth.tar checkpoint/original.pth.tar
+    python -m fpnssd.legacy.convert checkpoint_ssd300_280.pth.tar checkpoint/original.pth.tar
 
 The old file pickles whole objects: {"epoch", "model", "optimizer"}. Here the pickle is read with inert stand-ins for
 the project's three classes and for what torch.nn, torch.optim and torchvision.models name; only torch's own ways to
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from annotations import VOC_CLASSES
+from fpnssd.data.annotations import VOC_CLASSES
 from model import FPNSSD, CheckpointError, ModelConfig, save_checkpoint
-from utils import InputError, explain
+from utils import InputError, error_message
 
 PROJECT_CLASSES = {"SSD300", "FPNBase", "PredictionConvolutions"}  # from whatever module they were run in
 INERT_MODULES = ("torch.nn", "torch.optim", "torchvision.models")
@@ -44,7 +44,7 @@ def main(argv=None):
         model, said = convert(args.old)
         save_checkpoint(args.new, model)
     except (InputError, OSError) as error:
-        sys.exit(f"convert_checkpoint: {explain(error)}")
+        sys.exit(f"convert: {error_message(error)}")
     print(f"{args.old}: {said}")
     print(f"wrote {args.new}: {len(model.config.classes)} classes, {len(model.priors)} priors")
 
@@ -86,7 +86,7 @@ def translated(old, wanted, path):
 def old_name(name):
     """Our name of a tensor -> the original's; None for what only ours has."""
     part, _, rest = name.partition(".")
-    if part == "trunk":
+    if part == "backbone":
         return f"base.resnet.{rest}"
     if part in ("box_heads", "class_heads"):
         level, _, tensor = rest.partition(".")
