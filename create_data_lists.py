@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fpnssd.data.annotations import DOWNLOADS, VOC_CLASSES, download_voc, read_coco, read_lines, read_voc, read_yolo
+from fpnssd.data.annotations import DOWNLOADS, VOC_CLASSES, download_voc, read_coco, read_lines, read_voc
 from fpnssd.data.checks import (
     NOTED,
     Problem,
@@ -33,6 +33,7 @@ from fpnssd.data.checks import (
     write_report,
 )
 from fpnssd.data.images import DataError
+from fpnssd.data.yolo import read_yolo
 from utils import InputError, atomic_write, in_threads, print_anything, whole_number
 
 
