@@ -23,8 +23,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from fpnssd.data.images import MAX_PIXELS, DataError
-from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, as_image, load_detector
+from fpnssd.data.images import MAX_PIXELS, DataError, load_image
+from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, load_detector
 from fpnssd.inference.draw import annotate
 from fpnssd.inference.page import mount_page
 from model import DEFAULT_CHECKPOINT
@@ -152,7 +152,7 @@ class Answers:
             raise DataError(
                 f"{name} has {len(data) / 1e6:.1f} MB; at most {self.limits.file_bytes / 1e6:.0f} are taken"
             )
-        return as_image(data, name, self.limits.pixels)
+        return load_image(data, name, self.limits.pixels)
 
     def get(self, key):
         with self._lock:
@@ -235,7 +235,7 @@ def add_files(app, answers, limiter):
     async def annotated(key: str, min_score: float, max_overlap: float, top_k: int):
         def make():
             answer, stream = answers.get(key), io.BytesIO()
-            picture = annotate(as_image(answer.data), answers.decode(answer, min_score, max_overlap, top_k))
+            picture = annotate(load_image(answer.data), answers.decode(answer, min_score, max_overlap, top_k))
             picture.save(stream, "JPEG", quality=92)
             return Response(stream.getvalue(), media_type="image/jpeg")
 

@@ -26,9 +26,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from fpnssd.data.images import IMAGE_SUFFIXES, DataError
+from fpnssd.data.images import IMAGE_SUFFIXES, DataError, load_image
 from fpnssd.evaluation.result_files import write_voc_xml, write_yolo
-from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, Detections, Detector, as_image, check_knobs, load_detector
+from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, Detections, Detector, check_knobs, load_detector
 from fpnssd.inference.draw import annotate
 from fpnssd.inference.video import Video, is_video, written_video
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
@@ -44,12 +44,12 @@ _in_use = (None, None)  # the model that detect() used last, and its Detector
 
 
 def detect(image, min_score=MIN_SCORE, max_overlap=0.5, top_k=200, suppress=None, model=None):
-    """An annotated copy of a picture (see detector.as_image) as a PIL image.
+    """An annotated copy of a picture (see images.load_image) as a PIL image.
 
     suppress: names of classes to leave out. model: an FPNSSD or a Detector; without it the one last loaded in this
     process, else the one that ships, and which one it is gets printed when it changes.
     """
-    picture = as_image(image)
+    picture = load_image(image)
     return annotate(picture, _detector(model).predict(picture, min_score, max_overlap, top_k, suppress))
 
 
@@ -163,7 +163,7 @@ def readable(sources, writers):
     """((place, source), picture) of those that can be read; the others are said, and counted."""
     for place, source in sources:
         try:
-            yield (place, source), as_image(sys.stdin.buffer.read() if source == "-" else source)
+            yield (place, source), load_image(sys.stdin.buffer.read() if source == "-" else source)
         except (InputError, OSError) as error:
             writers.fail(error)
 

@@ -10,8 +10,8 @@ from malformed import encoded, malformed_pictures, resident_bytes
 from PIL import Image
 from sure_network import save_sure_network
 
-from fpnssd.data.images import DataError
-from fpnssd.inference.detector import Detections, as_image, load_detector
+from fpnssd.data.images import DataError, load_image
+from fpnssd.inference.detector import Detections, load_detector
 from model import FPNSSD, ModelConfig
 from utils import InputError
 
@@ -68,7 +68,7 @@ def test_grey_in_many_forms():
     grey = np.arange(60, dtype=np.uint8).reshape(6, 10) * 4
     expected = np.repeat(grey[..., None], 3, axis=2)
     for form in (grey, grey[..., None], torch.from_numpy(grey)[None], grey.astype(np.uint16) * 257, grey / 255.0):
-        np.testing.assert_array_equal(np.asarray(as_image(form)), expected)
+        np.testing.assert_array_equal(np.asarray(load_image(form)), expected)
 
 
 def test_exif_turns_the_picture(detector, pixels):

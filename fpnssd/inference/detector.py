@@ -7,16 +7,14 @@
 Asking is safe from several threads at once: nothing in a Detector changes after it was made.
 """
 
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from fpnssd.data.images import MAX_PIXELS, DataError, fit_image, open_image, to_rgb
+from fpnssd.data.images import fit_image, load_image
 from model import FPNSSD, load_checkpoint, postprocess
 from utils import InputError, autocast, pick_device, pick_precision
 
@@ -83,7 +81,7 @@ class Detector:
         return self.config.classes
 
     def predict(self, images, min_score=MIN_SCORE, max_overlap=0.5, top_k=200, suppress=None, batch_size=8):
-        """Detections of one picture, or a list of them for several; see as_image for what a picture may be.
+        """Detections of one picture, or a list of them for several; see load_image for what a picture may be.
 
         suppress: names of classes to leave out. InputError names a picture that cannot be read.
         """
@@ -100,7 +98,7 @@ class Detector:
             raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(self.classes)}")
         pending = []
         for image in images:
-            pending.append((as_image(image), os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""))
+            pending.append((load_image(image), os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""))
             if len(pending) == batch_size:
                 yield from self._answer(pending, min_score, max_overlap, top_k, suppress)
                 pending = []
@@ -213,58 +211,3 @@ def torch_detector(model, precision="auto", source="a model"):
 
     about = {"source": source, "runtime": "torch", "device": model.priors.device.type, "precision": precision}
     return Detector(forward, model.config, model.priors, about)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of any kind
-
-
-def as_image(picture, name="from bytes", max_pixels=MAX_PIXELS):
-    """A new RGB PIL image, upright, of a path, PIL image, bytes, numpy array or tensor; InputError otherwise.
-
-    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8, uint16 or float 0..1; tensors (3, H, W) or (1, H, W)
-    uint8 or float 0..1. What is given is never changed. 16 bits lose their lower half, transparency is filled.
-    name: of bytes, for messages. max_pixels: files with more are refused before they are decoded.
-    """
-    if isinstance(picture, (str, os.PathLike)):
-        with open_image(picture, max_pixels=max_pixels) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(picture, (bytes, bytearray, memoryview)):
-        with open_image(io.BytesIO(picture), name, max_pixels) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(picture, Image.Image):
-        if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"a picture of {picture.width} x {picture.height} pixels is refused: shrink it")
-        try:
-            return to_rgb(ImageOps.exif_transpose(picture))
-        except MemoryError:
-            raise
-        except Exception as error:  # as in open_image
-            raise DataError(f"a picture is damaged: {error}") from error
-    if isinstance(picture, torch.Tensor):
-        if picture.dim() != 3 or picture.shape[0] not in (1, 3):
-            raise InputError(f"a tensor of shape {tuple(picture.shape)} is no picture: (3, H, W) or (1, H, W)")
-        if picture.is_floating_point():
-            picture = picture.float()  # numpy knows no bfloat16
-        picture = picture.detach().cpu().permute(1, 2, 0).numpy()
-    if isinstance(picture, np.ndarray):
-        return _from_array(picture)
-    raise InputError(f"a {type(picture).__name__} is no picture: a path, bytes, PIL image, array or tensor is")
-
-
-def _from_array(array):
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise InputError(f"an array of shape {array.shape} is no picture: (H, W), (H, W, 3) or (H, W, 4)")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise InputError(f"an array of {array.shape[1]} x {array.shape[0]} pixels is refused: shrink it")
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise InputError("an array of floats has to lie in 0..1 and be finite")
-        array = (array * 255).round()
-    elif array.dtype == np.uint16:
-        array = array // 257
-    elif array.dtype != np.uint8:
-        raise InputError(f"an array of {array.dtype} is no picture: uint8, uint16 or float 0..1 is")
-    return to_rgb(Image.fromarray(array.astype(np.uint8)))
