@@ -33,8 +33,9 @@ from fpnssd.data.checks import (
     write_report,
 )
 from fpnssd.data.images import DataError
+from fpnssd.data.threads import map_in_threads
 from fpnssd.data.yolo import read_yolo
-from utils import InputError, atomic_write, in_threads, print_anything, whole_number
+from utils import InputError, escape_unprintable, whole_number, write_text
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Classes:
 
 def main(argv=None):
     args = parse_args(argv)
-    print_anything()
+    escape_unprintable()
     try:
         check_sources_stay(args)
         if args.download:
@@ -134,8 +135,7 @@ def create_data_lists(found, out, known=None, class_file=None, strict=False, ima
         told = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
         raise DataError(f"--strict: {told}. No list was written")
     for split in splits:
-        with atomic_write(out / f"{split.name}.json") as temporary:
-            Path(temporary).write_text(json.dumps(to_coco(split, classes)), encoding="utf-8")
+        write_text(out / f"{split.name}.json", json.dumps(to_coco(split, classes)))
         print(f"wrote {out / split.name}.json")
     return report
 
@@ -152,7 +152,7 @@ def check_split(found, image_size):
             return None, [Problem(error.kind, str(error))]
         return check_image(record, found.image_root, image_size)
 
-    results = in_threads(check, found.records)  # decoding leaves Python's lock
+    results = map_in_threads(check, found.records)  # decoding leaves Python's lock
     for image, problems in tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"):
         split.problems += problems
         if image is not None:

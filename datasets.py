@@ -23,16 +23,10 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError, to_pixels
-from utils import (
-    MALLOC_DEFAULTS,
-    InputError,
-    atomic_write,
-    class_colour,
-    error_message,
-    set_fields,
-    tune_malloc,
-    whole_number,
-)
+from fpnssd.inference.draw import class_colour
+from fpnssd.training.config import set_fields
+from fpnssd.training.cpu_memory import MALLOC_DEFAULTS, tune_malloc
+from utils import InputError, atomic_write, error_message, whole_number
 
 
 class DetectionDataset(Dataset):

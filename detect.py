@@ -27,12 +27,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fpnssd.data.images import IMAGE_SUFFIXES, DataError, load_image
-from fpnssd.evaluation.result_files import write_voc_xml, write_yolo
+from fpnssd.evaluation.result_files import file_name_of, write_voc_xml, write_yolo
 from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, Detections, Detector, check_knobs, load_detector
 from fpnssd.inference.draw import annotate
 from fpnssd.inference.video import Video, is_video, written_video
 from model import DEFAULT_CHECKPOINT, last_loaded_model, load_checkpoint
-from utils import InputError, atomic_write, error_message, file_name_of, print_anything, whole_number
+from utils import InputError, atomic_write, error_message, escape_unprintable, whole_number, write_text
 
 __all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
 
@@ -80,7 +80,7 @@ def _detector(model):
 
 def main(argv=None):
     args = parse_args(argv)
-    print_anything()
+    escape_unprintable()
     try:
         check_knobs(args.min_score, args.max_overlap, args.top_k)
         sources = list(find_sources(args.images))
@@ -248,8 +248,7 @@ class Writers:
     def __exit__(self, kind, error, traceback):
         self.stack.close()
         if self.args.coco and kind in (None, KeyboardInterrupt):
-            with atomic_write(self.args.coco) as temporary:
-                Path(temporary).write_text(json.dumps(self.coco), encoding="utf-8")
+            write_text(self.args.coco, json.dumps(self.coco))
 
     def fail(self, error):
         self.failures += 1

@@ -32,7 +32,7 @@ from fpnssd.evaluation.result_files import read_coco, write_coco, write_voc
 from fpnssd.inference.detector import MIN_SCORE, load_detector, runtime_of
 from fpnssd.training import distributed
 from model import DEFAULT_CHECKPOINT, postprocess
-from utils import InputError, atomic_write, error_message, whole_number
+from utils import InputError, error_message, whole_number, write_text
 
 
 def main(argv=None):
@@ -59,8 +59,7 @@ def main(argv=None):
         if args.report:
             write_report(args.report, data_list, ranked, metrics)
         if args.json:
-            with atomic_write(args.json) as temporary:
-                Path(temporary).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+            write_text(args.json, json.dumps(metrics, indent=2))
         if args.save_detections:
             write_coco(args.save_detections, data_list, detections)
         if args.voc_files:

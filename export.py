@@ -26,11 +26,11 @@ import torch
 
 from datasets import DetectionDataset
 from eval import Predictor, evaluate
-from fpnssd.data.data_list import DataList
+from fpnssd.data.data_list import DataList, evenly_spaced
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
 from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
-from utils import InputError, atomic_write, error_message, evenly_spaced, hash_file, whole_number
+from utils import InputError, atomic_write, error_message, hash_file, whole_number
 
 CALIBRATION_IMAGES = 300
 KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model

@@ -32,6 +32,7 @@ from fpnssd.inference.detector import torch_detector
 from fpnssd.training import distributed
 from fpnssd.training.checkpoints import Run, as_builtins, holds_a_run, warn_if_unwritable
 from fpnssd.training.config import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
+from fpnssd.training.cpu_memory import keep_freed_memory
 from fpnssd.training.loss import MultiBoxLoss
 from fpnssd.training.optim import (
     EMA,
@@ -54,7 +55,7 @@ from fpnssd.training.progress import (
     describe_out_of_memory,
 )
 from model import FPNSSD, ModelConfig, load_checkpoint
-from utils import InputError, atomic_write, autocast, error_message, memory_kept, pick_device, pick_precision
+from utils import InputError, autocast, error_message, pick_device, pick_precision, write_text
 
 MOST_SKIPPED = 20  # steps in a row, in fp16: then it is not the scale
 
@@ -98,7 +99,7 @@ def train(config, resume=False):
     with (
         distributed.init_distributed(pick_device(config.device)) as device,
         StopOnSignal() as stop,
-        memory_kept(device),
+        keep_freed_memory(device),
     ):
         folder = Path("runs") / config.name
         if distributed.broadcast(not resume and holds_a_run(folder)):
@@ -134,8 +135,7 @@ class Training:
             for left_over in self.run.folder.glob(".*.pth.tar.*"):  # half written when a run was killed
                 left_over.unlink()
             self.run.write_log()  # a kill may have come before the last row
-            with atomic_write(self.run.folder / "config.json") as temporary:
-                Path(temporary).write_text(json.dumps(as_builtins(config), indent=2), encoding="utf-8")
+            write_text(self.run.folder / "config.json", json.dumps(as_builtins(config), indent=2))
         self.criterion = MultiBoxLoss(
             model.priors, model.level_counts, config.matching, config.box_loss, config.class_loss,
             negative_ratio=config.negative_ratio, min_negatives=config.min_negatives,

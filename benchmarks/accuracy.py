@@ -46,17 +46,17 @@ from fpnssd.evaluation.metrics import compute_metrics, rank
 from fpnssd.evaluation.result_files import read_coco, write_coco
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training.checkpoints import as_builtins, holds_a_run, newest_checkpoint
-from fpnssd.training.config import TrainConfig, lite
+from fpnssd.training.config import TrainConfig, lite, set_fields
+from fpnssd.training.cpu_memory import keep_freed_memory
 from train import load_lists, train
 from utils import (
     InputError,
     atomic_write,
     error_message,
     hash_file,
-    memory_kept,
     pick_device,
     pick_precision,
-    set_fields,
+    write_text,
 )
 
 # What the lite preset took from this table since: variants start without it.
@@ -175,8 +175,7 @@ def lists_of(stage, data):
         content = json.dumps(splits[part])
         path = folder / f"{name}.json"
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
-            with atomic_write(path) as temporary:
-                Path(temporary).write_text(content, encoding="utf-8")
+            write_text(path, content)
     return folder
 
 
@@ -219,7 +218,7 @@ def run_variant(stage, name, seed, folder, epochs, results):
     begun.write_text(" ".join(dict.fromkeys([*revisions, revision()])))
     train_list, val_list = load_lists(config)
     if peer_of(name):
-        with memory_kept(torch.device("cpu")):  # as train.py does for ours; peers know no other device
+        with keep_freed_memory(torch.device("cpu")):  # as train.py does for ours; peers know no other device
             predict_fn, minutes = train_peer(peer_of(name), config, train_list, run_folder)
     else:
         predict_fn, minutes = train_ours(config, run_folder)

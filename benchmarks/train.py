@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train as train_module
 from fpnssd.training.config import PRESETS
+from fpnssd.training.cpu_memory import keep_freed_memory
 from train import StopOnSignal, Training, to_device
-from utils import memory_kept
 
 H100_BF16_FLOPS = 989e12  # dense, by its data sheet
 
@@ -77,7 +77,7 @@ def measure_cpu(args):
     for turn in range(args.rounds + 1):  # the first of each warms up
         for name, training in (("ours", ours), ("fetched", ours), ("plain", plain)):
             images = contiguous_images() if name == "plain" else contextlib.nullcontext()
-            memory = memory_kept(training.device) if name == "ours" else contextlib.nullcontext()
+            memory = keep_freed_memory(training.device) if name == "ours" else contextlib.nullcontext()
             with images, memory:
                 start = time.perf_counter()
                 training.train_step([batch], 1.0)
@@ -92,7 +92,7 @@ def measure_cpu(args):
     print(f"giving memory back after each use: {seconds['fetched'] / seconds['ours']:.2f} times as long")
     share = time_criterion(ours, batch, args.rounds) / seconds["ours"]
     print(f"matching and losses, forward and backward: {share:.1%} of the step")
-    with memory_kept(ours.device):
+    with keep_freed_memory(ours.device):
         print_waiting(ours, args.steps)
 
 

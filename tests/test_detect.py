@@ -16,9 +16,8 @@ from sure_network import save_sure_network
 from detect import annotate, detect, free_name, main, predict
 from fpnssd.data.annotations import parse_voc_xml
 from fpnssd.inference.detector import Detections
-from fpnssd.inference.draw import overlap, place_label
+from fpnssd.inference.draw import class_colour, overlap, place_label
 from model import load_checkpoint
-from utils import class_colour
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ from torchvision.ops import box_convert, box_iou
 
 from fpnssd.data.images import DataError, open_image, to_rgb
 from model import ModelConfig, make_priors
-from utils import atomic_write
+from utils import atomic_write, write_text
 
 # What can be wrong, and what is done about it. --strict fails on all but what is only noted.
 LEFT_OUT = {
@@ -417,6 +417,5 @@ def draw_report(report, path):
 
 def write_report(report, out):
     """check.json and check.png in the folder `out`."""
-    with atomic_write(out / "check.json") as temporary:
-        Path(temporary).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_text(out / "check.json", json.dumps(report, indent=1))
     draw_report(report, out / "check.png")

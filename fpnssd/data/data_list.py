@@ -244,3 +244,9 @@ def _stored_hash(arrays_file):
         return content["content_hash"] if content["version"] == ARRAYS_VERSION else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
         return None
+
+
+def evenly_spaced(length, count):
+    """At most `count` of the rows 0..length - 1, from the first to the last."""
+    count = min(count, length)
+    return [round(k * (length - 1) / max(count - 1, 1)) for k in range(count)]

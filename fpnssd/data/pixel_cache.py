@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils import InputError, in_threads
+from fpnssd.data.threads import map_in_threads
+from utils import InputError
 
 FORMAT = b"FPN-SSD pixels 1"  # 16 bytes
 HEADER_BYTES = 64  # format, identity (32), number of images (8, little-endian), zeros
@@ -178,7 +179,7 @@ def _write(path, data_list, sizes, identity):
         with open(unfinished, "wb") as file:
             file.write((FORMAT + identity + len(sizes).to_bytes(8, "little")).ljust(HEADER_BYTES, b"\0"))
             file.write(table)
-            results = in_threads(decoded, range(len(sizes)))
+            results = map_in_threads(decoded, range(len(sizes)))
             bar = tqdm(results, total=len(sizes), desc="decoding", unit="image", disable=None)
             for index, (data, checksum) in enumerate(bar):
                 file.write(data)

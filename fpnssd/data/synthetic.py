@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from utils import atomic_write
+from utils import atomic_write, write_text
 
 EMPTY_SHARE = 0.06  # images without objects
 SUPERSAMPLE = 2  # shapes are drawn larger and shrunk, for smooth edges
@@ -46,10 +46,8 @@ def draw_dataset(out, counts, seed=0):
             image, objects = draw_image(np.random.default_rng([seed, split_number, number]))
             with atomic_write(out / "JPEGImages" / f"{name}.jpg") as temporary:
                 image.save(temporary, "JPEG", quality=90)
-            with atomic_write(out / "Annotations" / f"{name}.xml") as temporary:
-                Path(temporary).write_text(to_xml(name, image.size, objects), encoding="utf-8")
-        with atomic_write(out / "ImageSets" / "Main" / f"{split}.txt") as temporary:
-            Path(temporary).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            write_text(out / "Annotations" / f"{name}.xml", to_xml(name, image.size, objects))
+        write_text(out / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{name}\n" for name in names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fpnssd.data.images import DataError
 from fpnssd.evaluation import error_analysis
 from fpnssd.evaluation.metrics import is_true_of, precision_curve
 from fpnssd.inference.detector import MIN_SCORE
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, write_text
 
 PROTOCOLS = {
     "voc2007_ap50": "VOC2007: IoU 0.5, mean precision at 11 recalls",
@@ -113,8 +113,7 @@ def write_report(path, data_list, ranked, metrics):
         colours={"detection": ORANGE, "object": BLUE},
         today=date.today().isoformat(),
     )
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(html, encoding="utf-8")
+    write_text(path, html)
 
 
 def percent(value):

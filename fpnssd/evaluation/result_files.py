@@ -7,6 +7,7 @@ write_voc("comp4", data_list, detections, "val")
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 import torch
 
 from fpnssd.data.images import DataError
-from utils import atomic_write, file_name_of
+from utils import atomic_write, write_text
 
 
 def write_coco(path, data_list, detections):
@@ -26,8 +27,7 @@ def write_coco(path, data_list, detections):
             box = [x0, y0, x1 - x0, y1 - y0]
             category_id = data_list.category_ids[label - 1]
             rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(rows), encoding="utf-8")
+    write_text(path, json.dumps(rows))
 
 
 def write_voc(folder, data_list, detections, split):
@@ -48,8 +48,12 @@ def write_voc(folder, data_list, detections, split):
         for (x0, y0, x1, y1), score, label in _rows(result):
             lines[label].append(f"{name} {score:.6f} {x0 + 1:.3f} {y0 + 1:.3f} {x1:.3f} {y1:.3f}\n")
     for path, label in paths.items():
-        with atomic_write(path) as temporary:
-            Path(temporary).write_text("".join(lines[label]), encoding="utf-8")
+        write_text(path, "".join(lines[label]))
+
+
+def file_name_of(text):
+    """A text, as a class's name, as a file name of any system: what has a meaning in paths becomes an underscore."""
+    return re.sub(r"[^\w .+-]", "_", text).strip(" .") or "_"
 
 
 def write_voc_xml(path, found, file_name):
@@ -80,8 +84,7 @@ def write_yolo(path, found):
         f"{(x1 - x0) / width:.6f} {(y1 - y0) / height:.6f} {score:.6f}\n"
         for (x0, y0, x1, y1), score, label, _ in found.rows()
     ]
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def _rows(result):

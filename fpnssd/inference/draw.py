@@ -1,8 +1,14 @@
 """Boxes and labels on a picture, to its scale, legible on any background."""
 
+import colorsys
+
 from PIL import ImageDraw, ImageFont
 
-from utils import class_colour
+
+def class_colour(label):
+    """An RGB colour for a label, far in hue from its neighbours' (steps of the golden ratio)."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def annotate(image, detections):

@@ -10,7 +10,8 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from fpnssd.inference.detector import MIN_SCORE
-from utils import InputError, class_colour, error_message
+from fpnssd.inference.draw import class_colour
+from utils import InputError, error_message
 
 KEEP_UPLOADS = 3600  # seconds
 

@@ -3,16 +3,17 @@
 A preset is a function that returns a TrainConfig; a new one is a few lines here.
 """
 
+import ast
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig
 from fpnssd.training.checkpoints import saved_config
 from fpnssd.training.distributed import num_processes
 from fpnssd.training.loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
 from model import ModelConfig
-from utils import InputError, set_fields
+from utils import InputError
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,37 @@ def make_config(args):
         if getattr(config, name) not in known:
             raise InputError(f"{name} {getattr(config, name)!r} is none of {', '.join(known)}")
     return config
+
+
+def set_fields(config, assignments):
+    """A copy of a dataclass with fields set from "field=value" texts; "part.field=value" reaches a dataclass inside.
+
+    InputError for a field it has not, or a value that is not of the field's type.
+    """
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        config = _set_field(config, name.split("."), text, assignment)
+    return config
+
+
+def _set_field(config, names, text, assignment):
+    types = {field.name: field.type for field in fields(config)}
+    if names[0] not in types:
+        kind = type(config).__name__
+        raise InputError(f"--set {assignment}: {kind} has no field {names[0]!r}; it has {', '.join(types)}")
+    expected, old = types[names[0]], getattr(config, names[0])
+    if is_dataclass(old) and len(names) > 1:
+        return replace(config, **{names[0]: _set_field(old, names[1:], text, assignment)})
+    try:
+        value = text if expected is str else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected or len(names) > 1:
+        hint = f"; it has fields of its own, as {names[0]}.{fields(old)[0].name}" if is_dataclass(old) else ""
+        raise InputError(f"--set {assignment}: {text!r} is no {expected.__name__}{hint}")
+    return replace(config, **{names[0]: value})
 
 
 def batch_sizes(config, num_images):

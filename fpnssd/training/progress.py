@@ -14,12 +14,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from datasets import collate, draw_batch
+from fpnssd.data.data_list import evenly_spaced
 from fpnssd.data.images import DataError, fit_image
 from fpnssd.evaluation.report import draw_curves
 from fpnssd.training import distributed
 from fpnssd.training.checkpoints import warn_if_unwritable
 from fpnssd.training.distributed import is_main
-from utils import error_message, evenly_spaced
+from utils import error_message
 
 try:
     import resource
