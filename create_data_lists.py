@@ -21,10 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fpnssd.data.annotations import DOWNLOADS, VOC_CLASSES, download_voc, read_coco, read_lines, read_voc
+from fpnssd.data.annotations import Problem, read_lines
 from fpnssd.data.checks import (
     NOTED,
-    Problem,
     Split,
     check_image,
     describe_splits,
@@ -32,8 +31,10 @@ from fpnssd.data.checks import (
     format_report,
     write_report,
 )
+from fpnssd.data.coco import read_coco
 from fpnssd.data.images import DataError
 from fpnssd.data.threads import map_in_threads
+from fpnssd.data.voc import DOWNLOADS, VOC_CLASSES, download_voc, read_voc
 from fpnssd.data.yolo import read_yolo
 from utils import InputError, escape_unprintable, whole_number, write_text
 

@@ -55,8 +55,8 @@ def main(argv=None):
 def draw_list(folder, count):
     """Drawn images as large as VOC's photographs, since the sizes that synthetic.py draws are others."""
     from create_data_lists import create_data_lists
-    from fpnssd.data.annotations import read_voc
     from fpnssd.data.synthetic import draw_dataset
+    from fpnssd.data.voc import read_voc
 
     draw_dataset(folder / "voc", {"train": count})
     for path in (folder / "voc" / "JPEGImages").glob("*.jpg"):

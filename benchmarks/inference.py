@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from export import export_onnx, export_openvino
-from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.data.voc import VOC_CLASSES
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import load_exported
 from model import FPNSSD, ModelConfig, save_checkpoint

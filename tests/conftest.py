@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from create_data_lists import create_data_lists
-from fpnssd.data.annotations import read_voc
 from fpnssd.data.synthetic import draw_dataset
+from fpnssd.data.voc import read_voc
 
 CHROMIUM = "/usr/bin/chromium"
 SHARED = Path(__file__).parents[2] / "shared"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 
-from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.data.voc import VOC_CLASSES
 from fpnssd.legacy.convert import convert, main
 from model import CheckpointError, ModelConfig, load_checkpoint, make_priors
 

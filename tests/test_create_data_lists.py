@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from create_data_lists import create_data_lists, main
-from fpnssd.data.annotations import VOC_CLASSES, read_voc
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
+from fpnssd.data.voc import VOC_CLASSES, read_voc
 
 
 def add_image(voc, name, objects, size=(100, 80), said=None, split="train"):

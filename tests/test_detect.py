@@ -14,7 +14,7 @@ from PIL import Image
 from sure_network import save_sure_network
 
 from detect import annotate, detect, free_name, main, predict
-from fpnssd.data.annotations import parse_voc_xml
+from fpnssd.data.voc import parse_voc_xml
 from fpnssd.inference.detector import Detections
 from fpnssd.inference.draw import class_colour, overlap, place_label
 from model import load_checkpoint

@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 from sure_network import save_sure_network
 
-from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.data.voc import VOC_CLASSES
 from fpnssd.training.config import lite
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import skimage.data
 import torch
 from torchvision.ops import box_iou
 
-from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.data.voc import VOC_CLASSES
 from fpnssd.inference.detector import load_detector
 from model import DEFAULT_CHECKPOINT, FPNSSD
 

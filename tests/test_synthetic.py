@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from create_data_lists import create_data_lists
-from fpnssd.data.annotations import read_voc
 from fpnssd.data.synthetic import SHAPES, draw_dataset, draw_image
+from fpnssd.data.voc import read_voc
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ImageOps
 from torchvision.ops import box_convert, box_iou
 
+from fpnssd.data.annotations import Problem
 from fpnssd.data.images import DataError, open_image, to_rgb
 from model import ModelConfig, make_priors
 from utils import atomic_write, write_text
@@ -68,36 +68,6 @@ NOTED = {
 }
 ACTIONS = {**LEFT_OUT, **REPAIRED, **NOTED}
 MOST_MATCHED = 10_000  # objects that are compared with the priors; of more, a sample
-
-
-class Problem(NamedTuple):
-    kind: str  # a key of ACTIONS
-    where: str  # the file, and the value
-
-
-class RawObject(NamedTuple):
-    """An object as an annotation gives it."""
-
-    name: str  # class
-    box: tuple  # xyxy in continuous pixels, or in 0..1 of the image where the record says so; not yet clipped
-    difficult: bool = False
-    crowd: bool = False
-    area: float | None = None  # in pixels, where it is not the box's
-    said: str = ""  # the annotation's own words for the box
-    truncated: bool | None = None  # cut off by the edge or by something in front; None where nobody said
-
-
-@dataclass
-class Record:
-    """An image as its annotation describes it, before anything was looked at."""
-
-    file_name: str  # relative to the image folder
-    annotation: str  # the file that says so
-    objects: list  # of RawObject
-    size: tuple | None = None  # (height, width), None where the annotation does not say
-    in_unit: bool = False  # boxes are in 0..1 of the image
-    image_id: int | str | None = None
-    problems: list = field(default_factory=list)  # met when reading
 
 
 @dataclass
@@ -190,8 +160,8 @@ def check_objects(record, size, image_size):
     height, width = size
     kept, problems, seen = [], [], {}
     for one in record.objects:
-        said = f"{one.name} {one.said or one.box} in {width}x{height}"
-        box = tuple(c * s for c, s in zip(one.box, (width, height) * 2, strict=True)) if record.in_unit else one.box
+        said = f"{one.name} {one.text or one.box} in {width}x{height}"
+        box = tuple(c * s for c, s in zip(one.box, (width, height) * 2, strict=True)) if record.normalized else one.box
         clipped, kind = check_box(box, size)
         if kind:
             problems.append((kind, said))
@@ -252,7 +222,7 @@ def finish_splits(splits, classes, sources):
             seen[image.digest] = image.file_name
             objects = {}  # by name and box: classes that were joined may have both marked one object
             for one in image.objects:
-                sentence = f"{image.file_name}: {one.name} {one.said or one.box}"
+                sentence = f"{image.file_name}: {one.name} {one.text or one.box}"
                 if one.name not in sources:
                     problems.append(Problem("class that was not chosen", sentence))
                 elif (sources[one.name], one.box) in objects:

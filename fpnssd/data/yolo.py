@@ -1,6 +1,6 @@
 """Reads data sets in YOLO's format: a data.yaml, and a text file of labels for each image.
 
-    read_yolo(Path("mydata/data.yaml"), ["train"])  # ([Found], {class name: number})
+    read_yolo(Path("mydata/data.yaml"), ["train"])  # ([SplitAnnotations], {class name: number})
 
 An image's label file is read when its record is asked for.
 """
@@ -11,13 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from fpnssd.data.annotations import Found, read_lines, relative_path
-from fpnssd.data.checks import Problem, RawObject, Record
+from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, read_lines, relative_path
 from fpnssd.data.images import IMAGE_SUFFIXES, DataError
 
 
 def read_yolo(path, names):
-    """(a Found for each split, {class name: id}) of a data.yaml.
+    """(a SplitAnnotations for each split, {class name: id}) of a data.yaml.
 
     It holds `path`, `names`, and for each split a folder of images, a text file that lists them, or several of these.
     Labels lie in .../labels/x.txt for .../images/x.jpg.
@@ -42,7 +41,7 @@ def read_yolo(path, names):
             raise DataError(f"split {name!r} is empty: no image in {', '.join(map(str, places))} below {root}")
         records = [partial(read_yolo_record, image, root, classes) for image in dict.fromkeys(images)]
         twice = [str(image) for image, count in Counter(images).items() if count > 1]
-        found.append(Found(name, root, records, [Problem("image named twice", image) for image in twice]))
+        found.append(SplitAnnotations(name, root, records, [Problem("image named twice", image) for image in twice]))
     return found, {str(name): number for number, name in sorted(classes.items())}
 
 
@@ -62,7 +61,7 @@ def read_yolo_record(image, root, classes):
     if where:
         parts[where[-1]] = "labels"
     label_file = Path(*parts).with_suffix(".txt")
-    record = Record(relative_path(image, root), str(label_file), [], in_unit=True)
+    record = Record(relative_path(image, root), str(label_file), [], normalized=True)
     for line in read_lines(label_file) if label_file.is_file() else []:
         try:
             label, *numbers = (float(word) for word in line.split())
@@ -79,7 +78,7 @@ def read_yolo_record(image, root, classes):
             sentence = f"{label_file}: {line[:80]!r} is neither 'class x y width height' nor a polygon"
             raise DataError(sentence, "annotation incomplete")
         if label in classes:
-            record.objects.append(RawObject(str(classes[label]), box, said=f"{line[:80]!r}"))
+            record.objects.append(RawObject(str(classes[label]), box, text=f"{line[:80]!r}"))
         else:
             record.problems.append(Problem("object of an unknown class", f"{label_file}: {line[:80]}"))
     return record

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fpnssd.data.annotations import VOC_CLASSES
+from fpnssd.data.voc import VOC_CLASSES
 from model import FPNSSD, CheckpointError, ModelConfig, save_checkpoint
 from utils import InputError, error_message
 
