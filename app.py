@@ -9,7 +9,6 @@ anything. Turning the knobs of decoding does not ask the network again: what it 
 
 import argparse
 import io
-import math
 import secrets
 import sys
 import threading
@@ -39,7 +38,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-act
 def main(argv=None):
     args = parse_args(argv)
     try:
-        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, pictures=math.inf)
+        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
     except (InputError, OSError) as error:
         sys.exit(f"app: {error_message(error)}")
     app = build_app(detector, Limits(args.max_mb * 10**6, args.max_megapixels * 10**6))

@@ -84,7 +84,7 @@ def main(argv=None):
     try:
         check_knobs(args.min_score, args.max_overlap, args.top_k)
         sources = list(find_sources(args.images))
-        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision, len(sources))
+        detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
         suppress = classes_to_suppress(args, detector.classes)
         with Writers(args, detector.classes, sources) as writers:
             pictures = [(place, source) for place, source in enumerate(sources, start=1) if not is_video(source)]

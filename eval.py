@@ -1,14 +1,12 @@
 """A checkpoint, or a file of detections, and a data list -> the table, and the same numbers as JSON.
 
-    python eval.py                                    # the default checkpoint on data/voc2012, split val
-    python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
-    python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
-    python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
-    python eval.py --detections detections.json --data data/vocreal       # anybody's, in COCO's result format
-    python eval.py runs/lite/best.pth.tar --data data/vocreal --at-scores 0.25 0.4  # precision and recall above these
-    python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
-
-`evaluate` scores whatever predicts, for training too.
+python eval.py                                    # the default checkpoint on data/voc2012, split val
+python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
+python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
+python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
+python eval.py --detections detections.json --data data/vocreal       # anybody's, in COCO's result format
+python eval.py runs/lite/best.pth.tar --data data/vocreal --at-scores 0.25 0.4  # precision and recall above these
+python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
 """
 
 import argparse
@@ -18,20 +16,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch.utils.data import Subset
-from tqdm import tqdm
-
-from datasets import DetectionDataset, make_loader
 from fpnssd.data.data_list import DataList
-from fpnssd.data.images import DataError
 from fpnssd.evaluation import intervals
-from fpnssd.evaluation.metrics import compute_metrics, rank, score
+from fpnssd.evaluation.metrics import rank, score
+from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
 from fpnssd.evaluation.result_files import read_coco, write_coco, write_voc
-from fpnssd.inference.detector import MIN_SCORE, load_detector, runtime_of
-from fpnssd.training import distributed
-from model import DEFAULT_CHECKPOINT, postprocess
+from fpnssd.inference.detector import load_detector
+from fpnssd.inference.runtimes import runtime_of
+from model import DEFAULT_CHECKPOINT, DETECTION, EVALUATION
 from utils import InputError, error_message, whole_number, write_text
 
 
@@ -83,16 +76,20 @@ def parse_args(argv):
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
     parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoUs at which VOC is scored")
     parser.add_argument(
-        "--at-scores", type=float, nargs="+", default=[MIN_SCORE], help="precision and recall of what scores more"
+        "--at-scores",
+        type=float,
+        nargs="+",
+        default=[DETECTION.min_score],
+        help="precision and recall of what scores more",
     )
     parser.add_argument("--report", metavar="FILE", help="gets the numbers as a web page with charts and pictures")
     parser.add_argument("--json", metavar="FILE", help="gets the numbers")
     parser.add_argument("--save-detections", metavar="FILE", help="gets the detections in COCO's result format")
     parser.add_argument("--voc-files", metavar="FOLDER", help="gets comp4_det_SPLIT_CLASS.txt for VOC's server")
     parser.add_argument("--intervals", type=whole_number(0), default=1000, help="resamples of images; 0 for none")
-    parser.add_argument("--min-score", type=float, default=0.01)
-    parser.add_argument("--max-overlap", type=float, default=0.45)
-    parser.add_argument("--top-k", type=whole_number(1), default=200)
+    parser.add_argument("--min-score", type=float, default=EVALUATION.min_score, help="score threshold")
+    parser.add_argument("--max-overlap", type=float, default=EVALUATION.max_overlap, help="NMS IoU threshold")
+    parser.add_argument("--top-k", type=whole_number(1), default=EVALUATION.top_k, help="most detections of an image")
     parser.add_argument("--flip", action="store_true", help="mean with what the network says of the mirrored image")
     parser.add_argument("--batch-size", type=whole_number(1), default=16)
     parser.add_argument("--workers", type=whole_number(0), default=2)
@@ -136,77 +133,7 @@ def obtain(source, data_list, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Predicting and scoring
-
-
-class Predictor:
-    """predict_fn(images uint8 (B, 3, S, S), sizes [(h, w)]) -> one dict of detections an image, on the CPU.
-
-    Of a detector.Detector. flip: probabilities and offsets are the mean of those of the image and of its mirror image.
-    `seconds` counts the time in the network and in decoding.
-    """
-
-    def __init__(self, detector, min_score=0.01, max_overlap=0.45, top_k=200, flip=False):
-        self.detector, self.knobs = detector, (min_score, max_overlap, top_k)
-        self.mirror = mirror_index(detector.priors) if flip else None
-        self.seconds = {"forward": 0.0, "decode": 0.0}
-
-    @torch.no_grad()
-    def __call__(self, images, sizes):
-        start = self._now()
-        offsets, logits = self.detector.forward(images)
-        if self.mirror is not None:
-            mirrored_offsets, mirrored_logits = self.detector.forward(images.flip(3))
-            sign = offsets.new_tensor([-1, 1, 1, 1])  # what was right of a prior is left of its mirror image
-            offsets = (offsets + sign * mirrored_offsets[:, self.mirror]) / 2
-            logits = ((logits.softmax(dim=2) + mirrored_logits[:, self.mirror].softmax(dim=2)) / 2).log()
-        middle = self._now()
-        results = postprocess(offsets, logits, self.detector.priors.to(offsets.device), sizes, *self.knobs)
-        results = [{name: tensor.cpu() for name, tensor in result.items()} for result in results]
-        self.seconds["forward"] += middle - start
-        self.seconds["decode"] += self._now() - middle
-        return results
-
-    def _now(self):
-        if self.detector.about["device"] == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-def mirror_index(priors):
-    """(P,): for each of priors (P, 4), cxcywh in 0..1, the one that is its mirror image, left for right."""
-    mirrored = priors * priors.new_tensor([-1, 1, 1, 1]) + priors.new_tensor([1, 0, 0, 0])
-    distances = [torch.cdist(part, priors, p=1).min(dim=1) for part in mirrored.split(1024)]
-    if max(part.values.max().item() for part in distances) > 1e-4:
-        raise InputError("these priors have no mirror images, so --flip cannot be used")
-    return torch.cat([part.indices for part in distances])
-
-
-def predict(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
-    """(one dict of detections for every image of a DataList, {"load", "forward", "decode", ...: seconds}).
-
-    Of several processes each predicts every num_processes-th image; the main one gets all, the others None.
-    """
-    rows = range(distributed.rank(), len(data_list), distributed.num_processes())
-    loader = make_loader(Subset(DetectionDataset(data_list, image_size), rows), batch_size, workers=workers)
-    detections, inside = [], 0.0
-    start = time.perf_counter()
-    hidden = None if distributed.is_main() else True
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=hidden):
-        begun = time.perf_counter()
-        detections += predict_fn(batch["image"], batch["size"])
-        inside += time.perf_counter() - begun
-    seconds = {"load": time.perf_counter() - start - inside, **getattr(predict_fn, "seconds", {"predict": inside})}
-    shares = distributed.gather(detections)
-    if shares is None:
-        return None, seconds
-    return [shares[row % len(shares)][row // len(shares)] for row in range(len(data_list))], seconds
-
-
-def evaluate(predict_fn, data_list, image_size=300, batch_size=16, workers=2):
-    """The metrics (see metrics.compute_metrics) of whatever predict_fn answers for every image of a DataList."""
-    detections, _ = predict(predict_fn, data_list, image_size, batch_size, workers)
-    return compute_metrics(data_list, detections) if distributed.is_main() else None
+# Printing
 
 
 def compare(sources, data_list, args):
@@ -216,18 +143,6 @@ def compare(sources, data_list, args):
         detections, _ = (obtain_saved if source.endswith(".json") else obtain)(source, data_list, args)
         matched.append(intervals.match(data_list, rank(data_list, detections)))
     return intervals.compare(data_list, *matched, args.intervals or 1000)
-
-
-def check_same_classes(classes, data_list, checkpoint):
-    if tuple(classes) != tuple(data_list.classes):
-        raise DataError(
-            f"{checkpoint} knows {len(classes)} classes ({_some(classes)}), but {data_list.path} has "
-            f"{len(data_list.classes)} ({_some(data_list.classes)}): evaluate on a list made with the same classes"
-        )
-
-
-def _some(names):
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def format_table(metrics):

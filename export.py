@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from datasets import DetectionDataset
-from eval import Predictor, evaluate
 from fpnssd.data.data_list import DataList, evenly_spaced
+from fpnssd.evaluation.predict import Predictor, evaluate
 from fpnssd.inference.detector import load_detector
-from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, load_exported, need
+from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, import_optional, load_exported
 from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
 from utils import InputError, atomic_write, error_message, hash_file, whole_number
 
@@ -51,7 +51,7 @@ def main(argv=None):
             else:
                 export_openvino(args.checkpoint, path, args.int8, args.images)
             print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB")
-            exported = load_detector(path, "cpu", "auto", "fp32") if kind == "fp16" else load_exported(path)
+            exported = load_detector(path, "cpu", "auto", "fp32" if kind == "fp16" else "auto")
             print(format_comparison(compare(original, exported, data_list, args.count)))
         if args.decode:
             path = exported_path(args.out or args.checkpoint, "onnx", "_detect")
@@ -113,8 +113,8 @@ def export_fp16(checkpoint, path):
 
 def export_onnx(checkpoint, path):
     """Writes the checkpoint's network as ONNX with a dynamic batch."""
-    need("onnx", "onnxscript")
-    import onnx
+    onnx = import_optional("onnx")
+    import_optional("onnxscript")  # torch's exporter needs it
 
     model = load_checkpoint(checkpoint)["model"]
     side = model.config.image_size
@@ -136,11 +136,9 @@ def export_with_decoding(plain, path, top_k=200):
     boxes (B, top_k, 4) xyxy in 0..1 of the image, scores (B, top_k), labels (B, top_k) int64 of 1..C, count (B,) int64.
     The answer is model.postprocess's: per class, by the standard operator NonMaxSuppression.
     """
-    need("onnx", "onnxruntime")
-    import onnx
-
-    detector, exported = load_exported(plain), onnx.load(plain)
-    add_decoding(exported, detector.priors, len(detector.classes), top_k)
+    onnx = import_optional("onnx")
+    loaded, exported = load_exported(plain), onnx.load(plain)
+    add_decoding(exported, loaded.priors, len(loaded.config.classes), top_k)
     onnx.checker.check_model(exported)
     with atomic_write(path) as temporary:
         onnx.save(exported, temporary)
@@ -235,9 +233,7 @@ def add_decoding(exported, priors, num_classes, top_k):
 
 def export_openvino(checkpoint, path, int8_list=None, images=None):
     """Writes the checkpoint's network as OpenVINO's .xml and .bin; in 8 bits if calibrated on a data list."""
-    need("openvino", *(["nncf"] if int8_list else []))
-    import openvino
-
+    openvino = import_optional("openvino")
     model = load_checkpoint(checkpoint)["model"]
     side = model.config.image_size
     with warnings.catch_warnings():
@@ -259,8 +255,7 @@ def export_openvino(checkpoint, path, int8_list=None, images=None):
 
 def quantised(exported, data_list, side):
     """8-bit weights and activations, from what CALIBRATION_IMAGES of the list, evenly spaced, make of them."""
-    import nncf
-
+    nncf = import_optional("nncf")
     rows = evenly_spaced(len(data_list), CALIBRATION_IMAGES)
     samples = torch.utils.data.Subset(DetectionDataset(data_list, side), rows)
     calibration = nncf.Dataset(samples, lambda sample: sample["image"][None].numpy())
@@ -316,9 +311,7 @@ def sample_images(detector, data_list=None, count=32):
 
 def compare_decoding(original, path, squares, top_k, min_score=0.05, max_overlap=0.45):
     """In how many images a file with decoding finds what model.postprocess does: labels alike, and boxes to 1e-4."""
-    need("onnxruntime")
-    import onnxruntime
-
+    onnxruntime = import_optional("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     same = 0
     for square in squares:

@@ -23,11 +23,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import DetectionDataset, EpochSampler, balanced_weights, make_loader
-from eval import Predictor, check_same_classes, format_table, predict
+from eval import format_table
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.data.pixel_cache import PixelCache
 from fpnssd.evaluation.metrics import compute_metrics
+from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training import distributed
 from fpnssd.training.checkpoints import Run, as_builtins, holds_a_run, warn_if_unwritable

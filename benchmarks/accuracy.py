@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from peers import PEERS, train_peer
 
-from eval import Predictor, predict
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.evaluation import intervals
 from fpnssd.evaluation.metrics import compute_metrics, rank
+from fpnssd.evaluation.predict import Predictor, predict
 from fpnssd.evaluation.result_files import read_coco, write_coco
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training.checkpoints import as_builtins, holds_a_run, newest_checkpoint

@@ -6,8 +6,9 @@ import statistics
 import pytest
 import torch
 
-from eval import Predictor, evaluate, main, mirror_index
+from eval import main
 from fpnssd.data.data_list import DataList
+from fpnssd.evaluation.predict import Predictor, evaluate, mirror_index
 from fpnssd.inference.detector import torch_detector
 from model import FPNSSD, ModelConfig, save_checkpoint
 
@@ -150,7 +151,7 @@ def test_no_detection_at_all(checkpoint, drawn, capsys):
 
 def test_other_classes_are_refused(drawn, tmp_path):
     save_checkpoint(tmp_path / "x.pth.tar", FPNSSD(ModelConfig(("cat",), "resnet18", image_size=64, fpn_channels=16)))
-    with pytest.raises(SystemExit, match=r"x\.pth\.tar knows 1 classes \(cat\), but .*val\.json has 6 \(circle"):
+    with pytest.raises(SystemExit, match=r"x\.pth\.tar has 1 classes \(cat\), but .*val\.json has 6 \(circle"):
         main([str(tmp_path / "x.pth.tar"), "--data", str(drawn)])
 
 

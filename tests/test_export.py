@@ -19,8 +19,8 @@ from detect import main as detect_main
 from eval import main as eval_main
 from export import add_decoding, compare, export_onnx, export_openvino, main
 from fpnssd.data.data_list import DataList
-from fpnssd.inference.detector import WORTH_CONVERTING, load_detector
-from fpnssd.inference.runtimes import exported_path, load_exported
+from fpnssd.inference.detector import load_detector
+from fpnssd.inference.runtimes import load_exported
 from model import FPNSSD, ModelConfig, load_checkpoint, postprocess, priors_of, save_checkpoint
 
 
@@ -123,7 +123,7 @@ def test_command_line_compares(folder, drawn, tmp_path, capsys):
 def test_8_bits_are_smaller_and_near(folder, drawn, tmp_path):
     export_openvino(folder / "small.pth.tar", tmp_path / "int8.xml", int8_list=drawn / "train.json")
     assert (tmp_path / "int8.bin").stat().st_size < 0.4 * (folder / "small.bin").stat().st_size
-    detectors = [load_detector(folder / "small.pth.tar", runtime="torch"), load_exported(tmp_path / "int8.xml")]
+    detectors = [load_detector(folder / "small.pth.tar", runtime="torch"), load_detector(tmp_path / "int8.xml")]
     data_list = DataList.load(drawn / "val.json")
     images = torch.stack([DetectionDataset(data_list, 64)[row]["image"] for row in range(len(data_list))])
     exact, rounded = (detector.forward(images)[1].softmax(dim=2) for detector in detectors)
@@ -137,40 +137,48 @@ def lonely(folder, tmp_path):
     return Path(shutil.copy(folder / "small.pth.tar", tmp_path))
 
 
-def test_many_pictures_are_worth_a_conversion(lonely, capsys):
-    assert load_detector(lonely, pictures=WORTH_CONVERTING).about["runtime"] == "torch"
-    assert load_detector(lonely, pictures=WORTH_CONVERTING + 1).about["runtime"] == "openvino"
-    assert "converting" in capsys.readouterr().err
-    assert load_detector(lonely).about["runtime"] == "openvino"  # from now on it is there
-    assert "converting" not in capsys.readouterr().err
-    detector = load_detector(exported_path(lonely, "openvino"), precision="fp32")
-    expected = load_detector(lonely, runtime="torch", precision="fp32").forward(noise(2))
-    torch.testing.assert_close(detector.forward(noise(2))[1], expected[1], rtol=1e-4, atol=1e-4)
-
-
-def test_only_what_was_made_of_this_checkpoint_is_taken(folder, lonely):
+def test_only_what_was_made_of_this_checkpoint_is_taken(folder, lonely, capsys):
     for suffix in (".onnx", ".xml", ".bin"):
         shutil.copy(folder / f"small{suffix}", lonely.parent)
     assert load_detector(lonely).about["runtime"] == "openvino"
+    assert f"using {lonely.parent / 'small.xml'}, exported from {lonely}" in capsys.readouterr().err
     assert load_detector(lonely, runtime="onnx").about["runtime"] == "onnx"
     assert load_detector(lonely, precision="fp32").about["runtime"] == "torch"
+    assert load_detector(lonely, runtime="torch").about["runtime"] == "torch"
+    assert capsys.readouterr().err == ""
     checkpoint = torch.load(lonely)
     checkpoint["model"].class_heads[0].bias.data += 1
     save_checkpoint(lonely, checkpoint["model"])
     assert load_detector(lonely).about["runtime"] == "torch"
+    with pytest.raises(ValueError, match=r"small\.onnx was exported from another checkpoint .*--to onnx makes it anew"):
+        load_detector(lonely, runtime="onnx")
     lonely.with_name("small.xml").write_text("hello")  # damaged
     assert load_detector(lonely).about["runtime"] == "torch"
 
 
-def test_what_cannot_be_converted_runs_on_torch(lonely, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert load_detector(lonely, pictures=WORTH_CONVERTING + 1).about["runtime"] == "torch"
-    assert "pip install -r requirements-deploy.txt" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="cannot run on onnx: onnxruntime is not installed"):
+def test_inference_writes_no_file(lonely):
+    """A named runtime needs its exported file; auto is torch without one."""
+    assert load_detector(lonely).about["runtime"] == "torch"
+    with pytest.raises(ValueError, match=r"no onnx file beside it: python export\.py .* --to onnx makes it"):
         load_detector(lonely, runtime="onnx")
-    with pytest.raises(ValueError, match="leave --precision alone"):
-        load_detector(lonely, runtime="onnx", precision="fp32")
+    assert [path.name for path in lonely.parent.iterdir()] == ["small.pth.tar"]
+
+
+def test_runtimes_that_are_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert load_detector(folder / "small.pth.tar").about["runtime"] == "torch"
+    with pytest.raises(ValueError, match=r"onnxruntime is not installed: pip install -r requirements-deploy\.txt"):
+        load_detector(folder / "small.pth.tar", runtime="onnx")
+
+
+def test_exported_files_run_on_the_cpu_of_a_machine_with_a_gpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_detector(folder / "small.pth.tar", runtime="onnx").about["device"] == "cpu"
+    with pytest.raises(ValueError, match="runtime onnx runs on the CPU, not on 'cuda': leave --device alone"):
+        load_detector(folder / "small.pth.tar", "cuda", runtime="onnx")
+    with pytest.raises(ValueError, match=r"small\.onnx runs in fp32, not in bf16"):
+        load_detector(folder / "small.pth.tar", runtime="onnx", precision="bf16")
 
 
 def test_comparison_sees_another_network(folder, tmp_path):
@@ -197,7 +205,7 @@ def test_bad_files_are_named(folder, tmp_path):
             load_exported(tmp_path / f"bad{suffix}")
         with pytest.raises(FileNotFoundError, match="export.py makes one"):
             load_exported(tmp_path / f"none{suffix}")
-    with pytest.raises(ValueError, match="run on the CPU here"):
+    with pytest.raises(ValueError, match="run on the CPU, not on"):
         load_exported(folder / "small.onnx", "cuda")
     with pytest.raises(ValueError, match=r"small\.onnx runs in fp32, not in bf16"):
         load_exported(folder / "small.onnx", precision="bf16")
@@ -208,7 +216,7 @@ def test_bad_files_are_named(folder, tmp_path):
     plain = onnx.load(folder / "small.onnx")
     del plain.metadata_props[:]
     onnx.save(plain, tmp_path / "plain.onnx")
-    with pytest.raises(ValueError, match=r"plain\.onnx carries no configuration of ours"):
+    with pytest.raises(ValueError, match=r"plain\.onnx holds no configuration"):
         load_exported(tmp_path / "plain.onnx")
 
 
@@ -216,7 +224,7 @@ def test_files_that_decode_by_themselves_are_for_others(folder, tmp_path):
     exported = onnx.load(folder / "small.onnx")
     add_decoding(exported, load_exported(folder / "small.onnx").priors, 6, 10)
     onnx.save(exported, tmp_path / "decoded.onnx")
-    with pytest.raises(ValueError, match=r"decoded\.onnx decodes by itself"):
+    with pytest.raises(ValueError, match=r"decoded\.onnx includes decoding"):
         load_exported(tmp_path / "decoded.onnx")
 
 
@@ -229,7 +237,7 @@ def test_priors_without_weights():
     ("min_score", "max_overlap", "top_k"), [(0.01, 0.45, 200), (0.2, 0.1, 5), (0.0, 1.0, 1000), (1, 0.5, 7)]
 )
 def test_decoding_inside_is_postprocess(folder, tmp_path, min_score, max_overlap, top_k):
-    detector = load_exported(folder / "small.onnx")  # the same runtime, so that decoding alone is compared
+    detector = load_detector(folder / "small.onnx")  # the same runtime, so that decoding alone is compared
     exported = onnx.load(folder / "small.onnx")
     add_decoding(exported, detector.priors, len(detector.classes), top_k)
     onnx.checker.check_model(exported)

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
 from create_data_lists import create_data_lists
-from eval import Predictor, evaluate
 from fpnssd.data.augment import NO_AUGMENTATION
 from fpnssd.data.data_list import DataList
 from fpnssd.data.voc import read_voc
+from fpnssd.evaluation.predict import Predictor, evaluate
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training.config import PRESETS, TrainConfig
 from fpnssd.training.progress import StopOnSignal

@@ -25,7 +25,7 @@ from PIL import ImageDraw
 from fpnssd.data.images import DataError
 from fpnssd.evaluation import error_analysis
 from fpnssd.evaluation.metrics import is_true_of, precision_curve
-from fpnssd.inference.detector import MIN_SCORE
+from model import DETECTION
 from utils import InputError, atomic_write, write_text
 
 PROTOCOLS = {
@@ -109,7 +109,7 @@ def write_report(path, data_list, ranked, metrics):
         false_positives=picture_false_positives(data_list, ranked, errors),
         missed=picture_missed(data_list, ranked, errors),
         error_types=error_analysis.ERROR_TYPES,
-        shown_score=MIN_SCORE,
+        shown_score=DETECTION.min_score,
         colours={"detection": ORANGE, "object": BLUE},
         today=date.today().isoformat(),
     )
@@ -244,7 +244,7 @@ def chart_calibration(ranked, errors):
 
 
 def chart_confusion(data_list, ranked, errors):
-    matrix = error_analysis.confusion(data_list, ranked, errors, MIN_SCORE)
+    matrix = error_analysis.confusion(data_list, ranked, errors, DETECTION.min_score)
     names = ["background", *data_list.classes]
     wrong = matrix - np.diag(np.diag(matrix))
     shown = np.arange(len(names))
@@ -274,7 +274,7 @@ def chart_confusion(data_list, ranked, errors):
         as_svg(figure),
         f"Confusion matrix of {len(shown)} classes with background. Most common between classes: "
         + (", ".join(f"{count} x {true} taken for {said}" for count, true, said in between[:5]) or "none"),
-        f"Detections with a score of {MIN_SCORE} or more at IoU 0.5; colour is the share of a row. The row "
+        f"Detections with a score of {DETECTION.min_score} or more at IoU 0.5; colour is the share of a row. The row "
         "“background” counts detections of nothing, of the wrong place or of what was found already, the column "
         f"“background” objects that nothing found.{left_out}",
         ("is", "detected as", "number"),
@@ -354,7 +354,7 @@ def picture_false_positives(data_list, ranked, errors):
 def picture_missed(data_list, ranked, errors):
     pictures = []
     images = data_list.object_images
-    shown = np.flatnonzero(ranked.scores > MIN_SCORE)
+    shown = np.flatnonzero(ranked.scores > DETECTION.min_score)
     for row, cost in error_analysis.costliest_missed(data_list, errors):
         sides = data_list.boxes[row, 2:] - data_list.boxes[row, :2]
         text = f"{sides[0]:.0f} x {sides[1]:.0f} pixels; costs {100 * cost:.2f} points or more"

@@ -8,6 +8,7 @@ Asking is safe from several threads at once: nothing in a Detector changes after
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 
 from fpnssd.data.images import fit_image, load_image
-from model import FPNSSD, load_checkpoint, postprocess
+from fpnssd.inference.runtimes import SUFFIXES, exported_path, load_exported, load_exported_from, runtime_of
+from model import DETECTION, FPNSSD, load_checkpoint, postprocess
 from utils import InputError, autocast, pick_device, pick_precision
 
 RUNTIMES = ("auto", "torch", "onnx", "openvino")
-MIN_SCORE = 0.4  # for looking at: F1 was highest there on 200 photographs (README, Results)
-WORTH_CONVERTING = 100  # pictures: converting takes seconds, and saves a fraction of the network's time for each
+MIN_SCORE = DETECTION.min_score
 
 
 @dataclass
@@ -90,7 +91,15 @@ class Detector:
         (found,) = self.stream([images], min_score, max_overlap, top_k, suppress)
         return found
 
-    def stream(self, images, min_score=MIN_SCORE, max_overlap=0.5, top_k=200, suppress=None, batch_size=8):
+    def stream(
+        self,
+        images,
+        min_score=MIN_SCORE,
+        max_overlap=DETECTION.max_overlap,
+        top_k=DETECTION.top_k,
+        suppress=None,
+        batch_size=8,
+    ):
         """The same one after the other for any number of pictures, `batch_size` at a time."""
         check_knobs(min_score, max_overlap, top_k)
         unknown = sorted(set(suppress or ()) - set(self.classes))
@@ -116,7 +125,17 @@ class Detector:
         """(offsets, logits) of RGB PIL images: what the network says of them, for decode."""
         return self.forward(torch.stack([fit_image(picture, self.config.image_size) for picture in pictures]))
 
-    def decode(self, offsets, logits, sizes, sources, min_score=MIN_SCORE, max_overlap=0.5, top_k=200, suppress=None):
+    def decode(
+        self,
+        offsets,
+        logits,
+        sizes,
+        sources,
+        min_score=MIN_SCORE,
+        max_overlap=DETECTION.max_overlap,
+        top_k=DETECTION.top_k,
+        suppress=None,
+    ):
         """What forward said of pictures of these sizes, as Detections; the network does not run again."""
         logits = without_classes(logits, [self.classes.index(name) + 1 for name in suppress or ()])
         found = postprocess(offsets, logits, self.priors.to(offsets.device), sizes, min_score, max_overlap, top_k)
@@ -153,13 +172,20 @@ def without_classes(logits, labels):
 # Where a detector comes from
 
 
-def load_detector(path_or_model, device="auto", runtime="auto", precision="auto", pictures=1):
-    """A Detector of a checkpoint, an exported .onnx or OpenVINO .xml file, or an FPNSSD.
+def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"):
+    """A Detector of a checkpoint, an exported file, or a model.
 
-    runtime: torch, or onnx or openvino, for which a checkpoint is converted once; auto, where a checkpoint is to run on
-    a CPU, takes a converted file that lies beside it, makes one if more than WORTH_CONVERTING `pictures` are to come
-    and requirements-deploy.txt is installed, and is torch otherwise. precision: auto, fp32, bf16 or fp16, of torch
-    and of an exported file. An FPNSSD stays where it is unless a device is named.
+    Args:
+        path_or_model: a checkpoint, an exported .onnx or OpenVINO .xml file, or an FPNSSD, which stays on its device
+            unless another one is named.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        runtime: "torch", or "onnx" or "openvino" for the exported file beside a checkpoint; "auto" takes such a file on
+            a CPU if it was made from this very checkpoint, and says so on stderr, and is torch otherwise.
+        precision: "auto", "fp32", "bf16" or "fp16".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: if the file cannot be read, or cannot run as asked.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
@@ -170,20 +196,15 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
     kind = runtime_of(path)
     if kind != "torch":
         if runtime not in ("auto", kind):
-            raise InputError(f"{path} is for the runtime {kind}, not {runtime}: give the checkpoint it was made of")
-        from fpnssd.inference import runtimes  # what it needs is installed where exported files are
-
-        return runtimes.load_exported(path, device, precision)
+            raise InputError(f"{path} is for the runtime {kind}, not {runtime}: give the checkpoint it was made from")
+        return Detector(*load_exported(path, device, precision))
+    if runtime in SUFFIXES:
+        if device not in ("auto", "cpu"):
+            raise InputError(f"runtime {runtime} runs on the CPU, not on {device!r}: leave --device alone")
+        return Detector(*load_exported_from(path, runtime, precision))
     place = pick_device(device)
-    on_cpu = place.type == "cpu" and precision == "auto"
-    if runtime not in ("auto", "torch") and not on_cpu:
-        raise InputError(f"runtime {runtime} runs on the CPU, at the precision it finds fast: leave --precision alone")
-    if runtime != "torch" and on_cpu and path.is_file():
-        from fpnssd.inference import runtimes
-
-        make = pictures > WORTH_CONVERTING or runtime != "auto"
-        if detector := runtimes.detector_beside(path, runtime, make):
-            return detector
+    if runtime == "auto" and precision == "auto" and place.type == "cpu" and (exported := _exported_beside(path)):
+        return exported
     checkpoint = load_checkpoint(path)
     model = checkpoint["model"].to(place, memory_format=torch.channels_last)
     detector = torch_detector(model, precision, str(path))
@@ -191,9 +212,18 @@ def load_detector(path_or_model, device="auto", runtime="auto", precision="auto"
     return detector
 
 
-def runtime_of(path):
-    """The runtime that a file is for, by its ending."""
-    return {".onnx": "onnx", ".xml": "openvino"}.get(Path(path).suffix.lower(), "torch")
+def _exported_beside(checkpoint):
+    """A Detector of the first exported file that lies beside a checkpoint and belongs to it; None if none does."""
+    for runtime in SUFFIXES:
+        path = exported_path(checkpoint, runtime)
+        if checkpoint.is_file() and path.is_file():
+            try:
+                detector = Detector(*load_exported_from(checkpoint, runtime))
+            except (InputError, OSError, RuntimeError):
+                continue  # damaged, of another checkpoint, or its runtime is not installed
+            print(f"using {path}, exported from {checkpoint} (--runtime torch for the checkpoint)", file=sys.stderr)
+            return detector
+    return None
 
 
 def torch_detector(model, precision="auto", source="a model"):

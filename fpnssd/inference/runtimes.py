@@ -1,120 +1,128 @@
-"""Exported files as detectors: those that are named, and those that lie beside a checkpoint.
+"""Runs the files that export.py writes, with ONNX Runtime or OpenVINO.
 
-What export.py writes carries the classes, the configuration and the SHA-256 of the checkpoint it was made of, so that a
-file beside a checkpoint is only used while it is that checkpoint's.
+Each file carries the model's configuration and the SHA-256 of the checkpoint it was made from. Nothing here writes a
+file: `python export.py` does.
 """
 
+import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fpnssd.inference.detector import Detector
 from model import ModelConfig, priors_of
 from utils import InputError, hash_file
 
-CONFIG_KEY, SOURCE_KEY = "fpn_ssd", "fpn_ssd_source"  # of the files' own metadata
-SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # the faster one first
+CONFIG_KEY, SOURCE_KEY = "fpn_ssd", "fpn_ssd_source"  # keys of the files' own metadata
+SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # OpenVINO is the faster one on most CPUs, so it comes first
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # our names -> OpenVINO's
 
-
-def need(*packages):
-    for name in packages:
-        try:
-            __import__(name)
-        except ImportError:
-            raise InputError(f"{name} is not installed: pip install -r requirements-deploy.txt") from None
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def exported_path(checkpoint, runtime, ending=""):
-    """runs/lite/best.pth.tar -> runs/lite/best.xml; a runtime that is none means a checkpoint."""
+class Exported(NamedTuple):
+    """What a Detector is made of: Detector(*load_exported(path))."""
+
+    forward: Forward  # uint8 (B, 3, S, S) -> offsets (B, P, 4), logits (B, P, C + 1), float32
+    config: ModelConfig
+    priors: torch.Tensor  # (P, 4) float32, cxcywh in 0..1
+    info: dict[str, Any]  # source, runtime, device, precision, exported_from
+
+
+def import_optional(name: str) -> ModuleType:
+    """Imports a package of requirements-deploy.txt; InputError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{name} is not installed: pip install -r requirements-deploy.txt") from None
+
+
+def runtime_of(path: str | Path) -> str:
+    """The runtime that a file is for, by its ending: "onnx", "openvino", or "torch" for every other one."""
+    kinds = {suffix: runtime for runtime, suffix in SUFFIXES.items()}
+    return kinds.get(Path(path).suffix.lower(), "torch")
+
+
+def exported_path(checkpoint: str | Path, runtime: str, ending: str = "") -> Path:
+    """The name of an export of a checkpoint: best.pth.tar -> best.xml, or best.pth.tar for runtime "torch"."""
     base = str(checkpoint).removesuffix(".tar").removesuffix(".pth")
     return Path(base + ending + SUFFIXES.get(runtime, ".pth.tar"))
 
 
-def detector_beside(checkpoint, runtime="auto", make=False):
-    """A Detector of the file that was exported from this very checkpoint, if there is one or `make` allows for one.
+def load_exported_from(checkpoint: str | Path, runtime: str, precision: str = "auto") -> Exported:
+    """The export that lies beside a checkpoint and was made from it as it is now.
 
-    None, and why on stderr if `make`, where there is none; with a runtime by name an InputError instead.
+    Args:
+        checkpoint: path of a .pth.tar file.
+        runtime: "onnx" or "openvino".
+        precision: as for load_exported.
+
+    Raises:
+        InputError: if there is no such file, it cannot be read, or another checkpoint's hash is in it.
     """
-    reason = ""
-    for kind in SUFFIXES if runtime == "auto" else [runtime]:
-        path = exported_path(checkpoint, kind)
-        try:
-            if path.is_file():
-                detector = load_exported(path)
-                if detector.about["exported_from"] == hash_file(checkpoint):
-                    return detector
-            if make:
-                return _export(checkpoint, path, kind)
-        except (InputError, OSError, RuntimeError) as error:
-            reason = str(error)
-    if runtime != "auto":
-        raise InputError(f"{checkpoint} cannot run on {runtime}: {reason}")
-    if make:
-        print(f"{checkpoint} runs on torch, as it could not be converted: {reason}", file=sys.stderr)
-    return None
+    path = exported_path(checkpoint, runtime)
+    how = f"python export.py {checkpoint} --to {runtime} makes it"
+    if not path.is_file():
+        raise InputError(f"{checkpoint} has no {runtime} file beside it: {how}")
+    exported = load_exported(path, precision=precision)
+    if exported.info["exported_from"] != hash_file(checkpoint):
+        raise InputError(f"{path} was exported from another checkpoint than {checkpoint}: {how} anew")
+    return exported
 
 
-def _export(checkpoint, path, kind):
-    need(kind if kind == "openvino" else "onnxruntime")
-    import export
+def load_exported(path: str | Path, device: str = "auto", precision: str = "auto") -> Exported:
+    """Loads a file that export.py wrote. It runs on the CPU, from any number of threads.
 
-    print(f"converting {checkpoint} once: {path} ...", file=sys.stderr)
-    (export.export_onnx if kind == "onnx" else export.export_openvino)(checkpoint, path)
-    return load_exported(path)
+    Args:
+        path: an .onnx file or OpenVINO's .xml, with its .bin beside it.
+        device: "auto" or "cpu".
+        precision: "auto" leaves it to the runtime; OpenVINO also takes fp32, bf16 and fp16, ONNX Runtime fp32.
 
-
-def load_exported(path, device="auto", precision="auto"):
-    """A Detector of a file that export.py wrote; runs on the CPU.
-
-    precision: auto is what its runtime finds fast: OpenVINO takes bf16 on processors with instructions for it. ONNX
-    Runtime knows fp32 alone.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: if it cannot be read, was not made by export.py, or cannot run as asked.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}: python export.py makes one of a checkpoint")
+        raise FileNotFoundError(f"no file {str(path)!r}: python export.py makes one from a checkpoint")
     if device not in ("auto", "cpu"):
-        raise InputError(f"exported files run on the CPU here, not on {device!r}")
-    load, runtime = (_load_onnx, "onnx") if path.suffix.lower() == ".onnx" else (_load_openvino, "openvino")
-    forward, texts, precision = load(path, precision)
+        raise InputError(f"exported files run on the CPU, not on {device!r}: leave --device alone")
+    runtime = runtime_of(path)
+    forward, metadata, precision = (_load_onnx if runtime == "onnx" else _load_openvino)(path, precision)
     try:
-        config = ModelConfig.from_dict(json.loads(texts.get(CONFIG_KEY, "")))
+        config = ModelConfig.from_dict(json.loads(metadata.get(CONFIG_KEY, "")))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} carries no configuration of ours ({error}): was it made by export.py?") from error
-    about = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": precision}
-    return Detector(forward, config, priors_of(config), about | {"exported_from": texts.get(SOURCE_KEY)})
+        raise InputError(f"{path} holds no configuration ({error}): was it made by export.py?") from error
+    info = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": precision}
+    return Exported(forward, config, priors_of(config), info | {"exported_from": metadata.get(SOURCE_KEY)})
 
 
-def _load_onnx(path, precision):
+def _load_onnx(path: Path, precision: str) -> tuple[Forward, dict[str, str], str]:
     if precision not in ("auto", "fp32"):
-        raise InputError(f"{path} runs in fp32, not in {precision}: its OpenVINO file and its checkpoint can")
-    need("onnxruntime")
-    import onnxruntime
-
+        raise InputError(f"{path} runs in fp32, not in {precision}: the OpenVINO file and the checkpoint can")
+    onnxruntime = import_optional("onnxruntime")
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
         raise InputError(f"{path} is no ONNX file that can be read: {str(error)[:200]}") from error
     if [output.name for output in session.get_outputs()] != ["offsets", "logits"]:
-        raise InputError(f"{path} decodes by itself, for other programs: here the file of export.py --to onnx serves")
+        raise InputError(f"{path} includes decoding, for other programs: use the file of export.py --to onnx here")
 
-    def forward(squares):
-        return tuple(
-            torch.from_numpy(array) for array in session.run(["offsets", "logits"], {"images": squares.numpy()})
-        )
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        offsets, logits = session.run(["offsets", "logits"], {"images": images.numpy()})
+        return torch.from_numpy(offsets), torch.from_numpy(logits)
 
     return forward, session.get_modelmeta().custom_metadata_map, "fp32"
 
 
-def _load_openvino(path, precision):
+def _load_openvino(path: Path, precision: str) -> tuple[Forward, dict[str, str], str]:
     if precision not in ("auto", *OPENVINO_PRECISIONS):
         raise InputError(f"precision {precision!r} is none of auto, {', '.join(OPENVINO_PRECISIONS)}")
-    need("openvino")
-    import openvino
-
+    openvino = import_optional("openvino")
     hints = {"PERFORMANCE_HINT": "LATENCY"}
     if precision != "auto":
         hints["INFERENCE_PRECISION_HINT"] = OPENVINO_PRECISIONS[precision]
@@ -124,12 +132,12 @@ def _load_openvino(path, precision):
     except RuntimeError as error:
         raise InputError(f"{path} is no OpenVINO file that can be read: {str(error)[:200]}") from error
 
-    def forward(squares):
-        # A request of its own for each call: one shared by threads would mix their answers.
-        answer = compiled.create_infer_request().infer([squares.contiguous().numpy()])
-        return tuple(torch.from_numpy(np.array(answer[k])) for k in range(2))
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A new request each time: the outputs of a shared one would be overwritten by other threads.
+        outputs = compiled.create_infer_request().infer([images.contiguous().numpy()])
+        return torch.from_numpy(np.array(outputs[0])), torch.from_numpy(np.array(outputs[1]))
 
     keys = [key for key in (CONFIG_KEY, SOURCE_KEY) if network.has_rt_info(key)]
-    taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    name = next((ours for ours, theirs in OPENVINO_PRECISIONS.items() if theirs == taken), taken)
+    in_use = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    name = next((ours for ours, theirs in OPENVINO_PRECISIONS.items() if theirs == in_use), in_use)
     return forward, {key: network.get_rt_info(key).astype(str) for key in keys}, name
