@@ -8,7 +8,9 @@
 
 Every annotation is parsed and every image decoded. Boxes that leave the image are clipped to it; boxes, objects and
 images that cannot be used are left out; all are counted in a table and named in OUT/check.json; OUT/check.png shows
-classes, box sizes and aspects beside the priors. --strict makes no lists if anything was left out or changed.
+classes, box sizes and aspects beside the priors. No lists are made of a split without objects (unless --unlabelled), or
+of one that loses more than half of its objects (unless --allow-loss); --strict makes none if anything was
+left out or changed.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from tqdm import tqdm
 
 from fpnssd.data.annotations import Problem, read_lines
 from fpnssd.data.checks import (
+    ACTIONS,
+    LEFT_OUT,
     NOTED,
     Split,
     check_image,
@@ -64,7 +68,8 @@ def main(argv=None):
             found, known = read_coco(args.coco, args.splits, args.images)
         else:
             found, known = read_yolo(args.yolo, args.splits)
-        create_data_lists(found, Path(args.out), known, args.classes, args.strict, args.image_size)
+        options = {"unlabelled": args.unlabelled, "allow_loss": args.allow_loss}
+        create_data_lists(found, Path(args.out), known, args.classes, args.strict, args.image_size, **options)
     except (InputError, OSError) as error:
         sys.exit(f"create_data_lists: {error}")
 
@@ -91,8 +96,9 @@ def parse_args(argv):
         help="the classes in label order, one a line; 'vehicle = car, bus' joins",
     )
     parser.add_argument(
-        "--unlabelled", action="store_true", help="for --voc: images need no annotation, as in VOC's test sets"
+        "--unlabelled", action="store_true", help="images need no annotation and splits no object, as in test sets"
     )
+    parser.add_argument("--allow-loss", action="store_true", help="write lists though most objects were left out")
     parser.add_argument("--strict", action="store_true", help="write no lists if anything is left out or changed")
     parser.add_argument("--image-size", type=whole_number(1), default=300, help="of the network, for the check (300)")
     args = parser.parse_args(argv)
@@ -109,11 +115,33 @@ def check_sources_stay(args):
             raise DataError(f"{path} would be written over: choose another --out")
 
 
-def create_data_lists(found, out, known=None, class_file=None, strict=False, image_size=300):
-    """Checks what the readers found and writes out/SPLIT.json for each split, all or none, and out/check.json, .png.
+def create_data_lists(
+    found,
+    out: Path,
+    known: dict[str, int] | None = None,
+    class_file: Path | None = None,
+    strict: bool = False,
+    image_size: int = 300,
+    unlabelled: bool = False,
+    allow_loss: bool = False,
+) -> dict:
+    """Checks the splits that a reader returned and writes OUT/SPLIT.json for each, all or none, and check.json, .png.
 
-    known: {name: id} of the classes that the data names itself, else they come from its objects. Returns the report.
-    DataError where a list cannot be made, or must not be for being `strict`.
+    Args:
+        found: what the reader returned for each split.
+        out: the folder to write to.
+        known: {class name: category id} that the data itself states; None takes the classes from the objects.
+        class_file: the file of --classes.
+        strict: write no lists if anything was left out or changed.
+        image_size: of the network, for the statistics.
+        unlabelled: allow splits without objects.
+        allow_loss: allow splits that lost more than half of their objects.
+
+    Returns:
+        The report, as check.json holds it.
+
+    Raises:
+        DataError: a list cannot be made, or one of the rules above forbids it.
     """
     splits = [check_split(part, image_size) for part in found]
     if not any(split.images for split in splits):
@@ -128,6 +156,8 @@ def create_data_lists(found, out, known=None, class_file=None, strict=False, ima
     empty = [split.name for split in splits if not split.images]
     if empty:
         raise DataError(f"no usable image in {', '.join(empty)}: no list was written")
+    for split in splits:
+        check_losses(split, unlabelled, allow_loss)
     serious = Counter()
     for row in report["problems"]:
         if row["kind"] not in NOTED:
@@ -141,26 +171,68 @@ def create_data_lists(found, out, known=None, class_file=None, strict=False, ima
     return report
 
 
+def check_losses(split: Split, unlabelled: bool = False, allow_loss: bool = False) -> None:
+    """Refuses a split from which a network would learn little but background.
+
+    Raises:
+        DataError: it has no objects and is not `unlabelled`, or lost more than half of its objects, or more than half
+            of its annotations cannot be read, and `allow_loss` is not set. The message names the commonest reasons.
+    """
+    kinds = Counter(problem.kind for problem in split.problems)
+    kept = sum(len(image.objects) for image in split.images)
+    # Objects of classes that were not chosen are no loss, nor are second copies of an object.
+    wanted = split.annotated - kinds["class that was not chosen"] - kinds["object twice"]
+    if not kept and not unlabelled:
+        raise DataError(
+            f"{split.name} has no objects ({split.annotated} were annotated), so no list was written{reasons(split)}. "
+            "If its images are meant to have none, pass --unlabelled"
+        )
+    for what, lost, total in (("objects", wanted - kept, wanted), ("annotations", split.unread, split.given)):
+        if lost > total / 2 and not allow_loss:
+            raise DataError(
+                f"{split.name} would lose {lost} of its {total} {what}, so no list was written{reasons(split)}. "
+                "If that is right, pass --allow-loss"
+            )
+
+
+def reasons(split: Split) -> str:
+    """The three commonest kinds of what was left out of a split, each with an example; "" where there are none."""
+    kinds = Counter(p.kind for p in split.problems if p.kind in LEFT_OUT or p.kind == "class that was not chosen")
+    examples = {problem.kind: problem.where for problem in reversed(split.problems)}
+    parts = [f"{kind} ({count}), as in {examples[kind]}" for kind, count in kinds.most_common(3)]
+    return ": " + "; ".join(parts) if parts else ""
+
+
 def check_split(found, image_size):
     """A Split of what can be used of a Found."""
-    split = Split(found.name, found.image_root, [], list(found.problems))
+    split = Split(found.name, found.image_root, [], list(found.problems), given=len(found.records))
+    split.annotated = count_left_out(found.problems)
     start = time.perf_counter()
 
     def check(parse):
         try:
             record = parse()
         except DataError as error:
-            return None, [Problem(error.kind, str(error))]
-        return check_image(record, found.image_root, image_size)
+            return None, [Problem(error.kind, str(error))], None
+        annotated = len(record.objects) + count_left_out(record.problems)
+        return *check_image(record, found.image_root, image_size), annotated
 
     results = map_in_threads(check, found.records)  # decoding leaves Python's lock
-    for image, problems in tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"):
+    bar = tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image")
+    for image, problems, annotated in bar:
         split.problems += problems
+        split.unread += annotated is None
+        split.annotated += annotated or 0
         if image is not None:
             split.images.append(image)
     seconds, count = time.perf_counter() - start, len(found.records)
     print(f"{found.name}: {count} images checked in {seconds:.1f} s ({1e4 * seconds / max(1, count):.0f} s per 10,000)")
     return split
+
+
+def count_left_out(problems: list[Problem]) -> int:
+    """How many objects a reader already left out."""
+    return sum(ACTIONS[problem.kind] == "object left out" for problem in problems)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,13 +247,14 @@ def choose_classes(splits, known=None, class_file=None):
         strange = sorted(name for parts in joined.values() for name in parts if name not in {*met, *(known or ())})
         if strange:
             print(f"note: {class_file} names {', '.join(strange)}, of which the data has no object", file=sys.stderr)
-        ids = [next((known[part] for part in parts if known and part in known), 0) for parts in joined.values()]
-        ids = tuple(ids) if all(ids) and len(set(ids)) == len(ids) else tuple(range(1, len(ids) + 1))
+        ids = [next((known[part] for part in parts if known and part in known), None) for parts in joined.values()]
+        ids = tuple(range(1, len(ids) + 1)) if None in ids or len(set(ids)) < len(ids) else tuple(ids)
         return Classes(tuple(joined), ids, {part: name for name, parts in joined.items() for part in parts})
     if known:
         return Classes(tuple(known), tuple(known.values()), {name: name for name in known})
     if not met:
-        raise DataError("no image has an object, so the classes are unknown: name them with --classes FILE")
+        causes = next((text for split in splits if (text := reasons(split))), "")
+        raise DataError(f"no image has an object, so the classes are unknown: name them with --classes FILE{causes}")
     strange = sorted(met - set(VOC_CLASSES))
     names = tuple(sorted(met)) if strange else VOC_CLASSES
     if strange and len(strange) < len(met):

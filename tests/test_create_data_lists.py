@@ -80,7 +80,9 @@ def test_class_file_fixes_the_order_and_leaves_out_others(tmp_path):
     main([*arguments, "--classes", str(tmp_path / "classes.txt")])
     assert [category["name"] for category in listed(tmp_path)["categories"]] == ["zebra", "ant"]
     (tmp_path / "classes.txt").write_text("ant\n")
-    main([*arguments, "--classes", str(tmp_path / "classes.txt")])
+    with pytest.raises(SystemExit, match=r"train has no objects .*class that was not chosen \(1\), as in a\.jpg"):
+        main([*arguments, "--classes", str(tmp_path / "classes.txt")])
+    main([*arguments, "--classes", str(tmp_path / "classes.txt"), "--unlabelled"])
     assert problems(tmp_path)["class that was not chosen"] == ["a.jpg: zebra (1, 1, 50, 50)"]
     assert listed(tmp_path)["annotations"] == []
 
@@ -176,6 +178,36 @@ def test_other_endings_names_with_spaces_and_flags(tmp_path):
     split_file.write_text("\ufeffone two\nb  1\nc -1\n", encoding="utf-8")
     list_voc(tmp_path / "voc", ["train"], tmp_path)
     assert [image["file_name"] for image in listed(tmp_path)["images"]] == ["one two.jpg", "b.png", "c.JPG"]
+
+
+def test_a_split_that_loses_its_objects_is_refused(tmp_path):
+    for number in range(4):
+        edges = (1, 1, 50, 50) if number == 0 else (200, 1, 250, 50)
+        add_image(tmp_path / "voc", f"p{number}", [("dog", *edges, 0)], split="most")
+        add_image(tmp_path / "voc", f"p{number}", [("dog", *edges, 0)], split="half" if number < 2 else "all")
+    arguments = ["--voc", str(tmp_path / "voc"), "--out", str(tmp_path / "out"), "--splits"]
+    main([*arguments, "half"])
+    assert len(listed(tmp_path / "out", "half")["annotations"]) == 1
+    with pytest.raises(
+        SystemExit, match=r"most would lose 3 of its 4 objects.*: box outside the image \(3\), as in .*p1"
+    ):
+        main([*arguments, "most"])
+    assert not (tmp_path / "out" / "most.json").exists()
+    main([*arguments, "most", "--allow-loss"])
+    assert len(listed(tmp_path / "out", "most")["annotations"]) == 1
+    with pytest.raises(SystemExit, match=r"all has no objects \(2 were annotated\).*pass --unlabelled"):
+        main([*arguments, "half", "all", "--allow-loss"])
+
+
+def test_a_split_of_unreadable_annotations_is_refused(tmp_path):
+    for name in ("a", "b", "c"):
+        add_image(tmp_path / "voc", name, [("dog", 1, 1, 50, 50, 0)])
+    for name in ("b", "c"):
+        (tmp_path / "voc" / "Annotations" / f"{name}.xml").write_text("<annotation><object>")
+    with pytest.raises(DataError, match="train would lose 2 of its 3 annotations"):
+        list_voc(tmp_path / "voc", ["train"], tmp_path)
+    list_voc(tmp_path / "voc", ["train"], tmp_path, allow_loss=True)
+    assert len(listed(tmp_path)["images"]) == 1
 
 
 def test_images_without_objects_are_kept(tmp_path):

@@ -90,6 +90,9 @@ class Split:
     image_root: Path
     images: list  # of CheckedImage
     problems: list  # of Problem
+    given: int = 0  # images that the data set names
+    unread: int = 0  # of these, the ones whose annotation is missing or cannot be parsed
+    annotated: int = 0  # objects in the annotations of the others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
