@@ -99,8 +99,50 @@ def test_strings_are_a_list():
     assert len(Strings.of([])) == 0
 
 
+def two_images(path):
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 10, "height": 20} for i in (7, 9)]
+    objects = [{"image_id": i, "category_id": c, "bbox": [1, 2, 3, 4]} for i, c in ((7, 3), (9, 1))]
+    return write_list(path, images=images, annotations=objects)
+
+
+def test_content_hash_is_of_what_trains(tmp_path):
+    """Each change of the content changes it; another place, other ids and another spelling of the JSON do not."""
+    content = json.loads(two_images(tmp_path / "x.json").read_text())
+    before = DataList.load(tmp_path / "x.json").content_hash
+
+    def hash_after(change, folder="."):
+        changed = json.loads(json.dumps(content))
+        change(changed)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "y.json"
+        path.write_text(json.dumps(changed, indent=3))
+        return DataList.load(path).content_hash
+
+    assert hash_after(lambda c: c["info"].update(image_root="/photos"), "elsewhere") == before
+    assert hash_after(lambda c: c["annotations"][0].update(id=5, area=3.0, iscrowd=0)) == before
+    assert hash_after(lambda c: [c["images"][0].update(id=3), c["annotations"][0].update(image_id=3)]) == before
+    others = [
+        hash_after(lambda c: c["categories"][0].update(name="cow")),
+        hash_after(lambda c: c["categories"].append({"id": 4, "name": "cow"})),
+        hash_after(lambda c: c["categories"].reverse()),
+        hash_after(lambda c: c["images"][0].update(file_name="8.jpg")),
+        hash_after(lambda c: c["images"][0].update(width=11)),
+        hash_after(lambda c: c["images"][0].update(apply_exif=True)),
+        hash_after(lambda c: c["images"].reverse()),
+        hash_after(lambda c: c["images"].append({"id": 1, "file_name": "b.jpg", "width": 10, "height": 20})),
+        hash_after(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 4.01])),
+        hash_after(lambda c: c["annotations"][0].update(category_id=1)),
+        hash_after(lambda c: c["annotations"][0].update(image_id=9)),
+        hash_after(lambda c: c["annotations"][0].update(iscrowd=1)),
+        hash_after(lambda c: c["annotations"][0].update(difficult=1)),
+        hash_after(lambda c: c["annotations"].pop()),
+    ]
+    assert len({before, *others}) == len(others) + 1
+
+
 def same_lists(a, b):
     assert (a.classes, a.category_ids, a.image_root) == (b.classes, b.category_ids, b.image_root)
+    assert a.content_hash == b.content_hash
     np.testing.assert_array_equal(a.areas, b.areas)
     np.testing.assert_array_equal(a.truncated, b.truncated)
     for index in range(len(a)):
