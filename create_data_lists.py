@@ -67,7 +67,7 @@ def main(argv=None):
         elif args.coco:
             found, known = read_coco(args.coco, args.splits, args.images)
         else:
-            found, known = read_yolo(args.yolo, args.splits)
+            found, known = read_yolo(args.yolo, args.splits, args.unlabelled)
         options = {"unlabelled": args.unlabelled, "allow_loss": args.allow_loss}
         create_data_lists(found, Path(args.out), known, args.classes, args.strict, args.image_size, **options)
     except (InputError, OSError) as error:
@@ -83,7 +83,7 @@ def parse_args(argv):
         "--voc", nargs="+", type=Path, metavar="FOLDER", help="with Annotations, ImageSets/Main and JPEGImages"
     )
     source.add_argument("--coco", nargs="+", type=Path, metavar="JSON", help="a file for each of --splits")
-    source.add_argument("--yolo", type=Path, metavar="YAML", help="data.yaml with names and the splits' images")
+    source.add_argument("--yolo", type=Path, metavar="PATH", help="data.yaml, obj.data or classes.txt, or its folder")
     source.add_argument("--download", nargs="+", choices=DOWNLOADS, help="fetch these and read them as --voc")
     parser.add_argument("--splits", nargs="+", default=["train", "val"], help="their names (train val)")
     parser.add_argument("--images", nargs="+", type=Path, metavar="FOLDER", help="for --coco: one, or one for each")

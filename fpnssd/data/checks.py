@@ -44,12 +44,16 @@ LEFT_OUT = {
     "object of an unknown class": "object left out",
     "object of an unknown image": "object left out",
     "object without a box": "object left out",
+    "box not in 0..1": "object left out",
+    "label file without an image": "label file left out",
+    "folder without label files": "images kept: they teach background",
 }
 REPAIRED = {
     "box partly outside the image": "clipped",
     "image named twice": "listed once",
     "EXIF rotation applied": "boxes are those of the turned image",
     "polygon instead of a box": "its enclosing box",
+    "label files in two places differ": "the first is read",
 }
 NOTED = {
     "EXIF rotation not applied": "the annotation's size is that of the image as stored",
@@ -61,6 +65,10 @@ NOTED = {
     "animated image": "its first frame is used",
     "image twice in the split": "kept",
     "image without objects": "kept: it teaches background",
+    "image without a label file": "kept: it teaches background",
+    "label file is empty": "kept: the image teaches background",
+    "label file of two images": "read for both",
+    "confidence after the box": "not used",
     "two classes on one box": "kept",
     "box under a pixel at network size": "kept: nothing can be learnt from it, and it counts as missed",
     "class without objects": "kept",

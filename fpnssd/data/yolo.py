@@ -1,84 +1,270 @@
 """Reads data sets in YOLO's format: a data.yaml, and a text file of labels for each image.
 
-    read_yolo(Path("mydata/data.yaml"), ["train"])  # ([SplitAnnotations], {class name: number})
+    read_yolo(Path("mydata/data.yaml"), ["train"])  # ([SplitAnnotations], {class name: id})
 
-An image's label file is read when its record is asked for.
+A line of a label file is `class x y width height`, the centre and the sides in 0..1 of the image; a sixth column is a
+confidence, which is not used. More columns are a polygon, whose enclosing box is taken, or key points behind a box
+where data.yaml has `kpt_shape`.
 """
 
+import filecmp
+import os
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, read_lines, relative_path
-from fpnssd.data.images import IMAGE_SUFFIXES, DataError
+from fpnssd.data.images import DataError
+from fpnssd.data.yolo_config import YoloConfig, read_config, tidy
+from fpnssd.data.yolo_labels import LabelFinder
+
+OUT_OF_UNIT = (-1.0, 2.0)  # a box that leaves its image by more is not in 0..1 of it
+TOLERANCE = 0.01  # of the image, by which key points may leave their box
 
 
-def read_yolo(path, names):
-    """(a SplitAnnotations for each split, {class name: id}) of a data.yaml.
+def read_yolo(
+    path: Path, names: Sequence[str], unlabelled: bool = False
+) -> tuple[list[SplitAnnotations], dict[str, int]]:
+    """Finds the images and label files of a data set, and checks the labels for what only shows in all of them.
 
-    It holds `path`, `names`, and for each split a folder of images, a text file that lists them, or several of these.
-    Labels lie in .../labels/x.txt for .../images/x.jpg.
+    Args:
+        path: data.yaml, Darknet's obj.data, a text file of class names; or a folder that has one of them.
+        names: the splits to read.
+        unlabelled: allow splits in which no image has a label file.
+
+    Returns:
+        The splits, and {class name: id in the label files}.
+
+    Raises:
+        DataError: the data set's file cannot be used; a split is not there or has no image or label file; the labels
+            count classes from another number, or may be key points without `kpt_shape`.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        names_given = content["names"]
-        pairs = enumerate(names_given) if isinstance(names_given, list) else names_given.items()
-        classes = {int(number): name for number, name in pairs}
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no data.yaml with `names`: {error!s:.300}") from error
-    root = path.parent / str(content.get("path") or ".")
-    found = []
-    for name in names:
-        if not content.get(name):
-            raise DataError(f"no split {name!r} in {path}; it has {', '.join(k for k in content if k != 'names')}")
-        places = content[name] if isinstance(content[name], list) else [content[name]]
-        images = [image for place in places for image in yolo_images(path, root / str(place))]
-        if not images:
-            raise DataError(f"split {name!r} is empty: no image in {', '.join(map(str, places))} below {root}")
-        records = [partial(read_yolo_record, image, root, classes) for image in dict.fromkeys(images)]
-        twice = [str(image) for image, count in Counter(images).items() if count > 1]
-        found.append(SplitAnnotations(name, root, records, [Problem("image named twice", image) for image in twice]))
-    return found, {str(name): number for number, name in sorted(classes.items())}
-
-
-def yolo_images(yaml_path, place):
-    """The images that one entry of a data.yaml means."""
-    if place.is_dir():
-        return sorted(file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if place.suffix == ".txt" and place.is_file():
-        return [place.parent / line for line in read_lines(place)]
-    raise DataError(f"{yaml_path} names {place}, which is neither a folder nor a text file")
-
-
-def read_yolo_record(image, root, classes):
-    """A Record of an image and its label file; without one the image has no objects. Polygons become boxes."""
-    parts = list(image.parts)
-    where = [i for i, part in enumerate(parts) if part == "images"]
-    if where:
-        parts[where[-1]] = "labels"
-    label_file = Path(*parts).with_suffix(".txt")
-    record = Record(relative_path(image, root), str(label_file), [], normalized=True)
-    for line in read_lines(label_file) if label_file.is_file() else []:
+    config = read_config(path)
+    images = _find_images(config, names)
+    every = [image for part in images.values() for image in part]
+    root = config.root
+    if not all(image.is_relative_to(root) for image in every):
         try:
-            label, *numbers = (float(word) for word in line.split())
-        except ValueError:
-            raise DataError(f"{label_file}: {line[:80]!r} is not all numbers", "number unreadable") from None
-        if len(numbers) == 4:
-            x, y, width, height = numbers
-            box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-        elif len(numbers) >= 6 and len(numbers) % 2 == 0:
-            xs, ys = numbers[::2], numbers[1::2]
-            box = (min(xs), min(ys), max(xs), max(ys))
-            record.problems.append(Problem("polygon instead of a box", f"{label_file}: {line[:80]}"))
+            root = Path(os.path.commonpath([image.parent for image in every]))
+        except ValueError:  # Windows
+            raise DataError(f"the images that {config.path} names have to be on one drive") from None
+    finder = LabelFinder(config.root)
+    splits, survey = [], Survey()
+    for name, part in images.items():
+        split, labels = _read_split(name, part, root, config, finder, unlabelled)
+        splits.append(split)
+        for file in labels:
+            survey.add(file)
+    _check_survey(survey, config)
+    for file in finder.without_image():
+        owner = next((split for split in splits if file.parent in finder.folders_of(images[split.name])), splits[0])
+        owner.problems.append(Problem("label file without an image", str(file)))
+    return splits, {name: number for number, name in config.classes.items()}
+
+
+def _find_images(config: YoloConfig, names: Sequence[str]) -> dict[str, list[Path]]:
+    """{split: its images, as absolute paths}; DataError where two splits were found in one place by a guess."""
+    images, guessed = {}, {}
+    for name in names:
+        images[name], passed_over, moved = config.find_split(name, len(names) - 1)
+        for place in moved:
+            if (other := guessed.setdefault(place, name)) != name:
+                raise DataError(
+                    f"{config.path} names places that are not there for the splits {other!r} and {name!r}, and only "
+                    f"{place} could be meant by both: correct its paths"
+                )
+        del passed_over[".txt"]  # labels that lie beside the images
+        if passed_over:
+            endings = ", ".join(f"{count} x {ending}" for ending, count in sorted(passed_over.items()))
+            print(f"note: {name}: files that are no images are passed over: {endings}")
+    return images
+
+
+def _read_split(
+    name: str, images: list[Path], root: Path, config: YoloConfig, finder: LabelFinder, unlabelled: bool
+) -> tuple[SplitAnnotations, list[Path]]:
+    """The split, its label files still to be read; and these files."""
+    counts = Counter(tidy(image) for image in images)
+    split = SplitAnnotations(name, root, [])
+    split.problems += [Problem("image named twice", str(image)) for image, count in counts.items() if count > 1]
+    labels, without = Counter(), []
+    for image in counts:
+        files = finder.find(image)
+        split.records.append(partial(read_record, image, files[0] if files else None, root, config))
+        if not files:
+            without.append(image)
+            continue
+        labels[files[0]] += 1
+        if any(not filecmp.cmp(files[0], other, shallow=False) for other in files[1:]):
+            split.problems.append(Problem("label files in two places differ", ", ".join(map(str, files))))
+    if not labels and not unlabelled:
+        places = ", ".join(map(str, finder.places(without[0])))
+        strays = finder.without_image()
+        hint = f". {len(strays)} label files have no image of their name, as {strays[0]}" if strays else ""
+        raise DataError(
+            f"split {name!r}: none of its {len(counts)} images has a label file. For {without[0]} these were looked "
+            f"for: {places}{hint}. If the images are meant to have none, pass --unlabelled"
+        )
+    split.problems += [Problem("label file of two images", str(file)) for file, count in labels.items() if count > 1]
+    split.problems += [Problem("image without a label file", str(image)) for image in without]
+    if not unlabelled:
+        missing, there = (Counter(image.parent for image in some) for some in (without, counts))
+        split.problems += [
+            Problem("folder without label files", f"{folder}: {count} images, as {folder_image}")
+            for folder, count in missing.items()
+            if 1 < count == there[folder]
+            for folder_image in [next(image.name for image in without if image.parent == folder)]
+        ]
+    return split, list(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All labels
+
+
+@dataclass
+class Survey:
+    """What the label files of all splits have in common."""
+
+    ids: set[float] = field(default_factory=set)
+    columns: set[int] = field(default_factory=set)  # numbers behind the class, of each line
+    points: dict[int, bool] = field(default_factory=lambda: {2: True, 3: True})  # numbers of a key point -> possible
+
+    def add(self, file: Path) -> None:
+        """Looks at each line of a label file; what cannot be read is left to read_record."""
+        try:
+            lines = [parse_line(file, line) for line in read_lines(file)]
+        except (DataError, OSError):
+            return
+        for label, numbers in lines:
+            self.ids.add(label)
+            self.columns.add(len(numbers))
+            for size in (2, 3):
+                self.points[size] = self.points[size] and are_key_points(numbers, size)
+
+
+def are_key_points(numbers: Sequence[float], size: int) -> bool:
+    """Whether numbers are a box in 0..1 and key points in it.
+
+    Args:
+        numbers: of a line, without its class.
+        size: numbers of a key point: 2 (x, y), or 3, the last of which is 0, 1 or 2 (visibility).
+    """
+    if len(numbers) < 6 or (len(numbers) - 4) % size:
+        return False
+    x, y, width, height = numbers[:4]
+    near, far = (x - width / 2, y - height / 2), (x + width / 2, y + height / 2)
+    if width <= 0 or height <= 0 or min(near) < -TOLERANCE or max(far) > 1 + TOLERANCE:
+        return False
+    for at in range(4, len(numbers), size):
+        point = numbers[at : at + 2]
+        if size == 3 and numbers[at + 2] not in (0, 1, 2):
+            return False
+        # A key point at 0, 0 is one that nobody marked.
+        if any(point) and not all(
+            n - TOLERANCE <= p <= f + TOLERANCE for n, p, f in zip(near, point, far, strict=True)
+        ):
+            return False
+    return True
+
+
+def _check_survey(survey: Survey, config: YoloConfig) -> None:
+    """DataError where every object would get another class's name, or a wrong box."""
+    known, ids = set(config.classes), survey.ids
+    for shift in (1, -1):
+        # A list's names count from 0: ids that reach their number, without a 0, count from 1.
+        reach = shift == 1 and known == set(range(len(known))) and ids and 0 not in ids and max(ids) >= len(known)
+        if reach or (ids - known and {label - shift for label in ids} <= known):
+            raise DataError(
+                f"ids start at {1 if shift == 1 else 0} in the label files: they go from {min(ids):g} to {max(ids):g}, "
+                f"those of {config.path} from {min(known)} to {max(known)}, so each object would get another class's "
+                f"name. Correct one, as with `names: {{{min(known) + shift}: {config.classes[min(known)]}, ..}}`"
+            )
+    if len(survey.columns) == 1 and not config.kpt_shape_given:
+        columns = next(iter(survey.columns))
+        shapes = [[(columns - 4) // size, size] for size in (2, 3) if survey.points[size]]
+        if shapes:
+            raise DataError(
+                f"every label has {columns + 1} columns, of which 2 to 5 are a box that holds the points behind it: "
+                f"if these are key points, add `kpt_shape: {' or '.join(map(str, shapes))}` to {config.path}; if all "
+                "columns are a polygon, add `kpt_shape: null`"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image
+
+
+def read_record(image: Path, label_file: Path | None, root: Path, config: YoloConfig) -> Record:
+    """Reads an image's label file.
+
+    Args:
+        image: its absolute path.
+        label_file: None for an image without one, which has no objects.
+        root: of the data list's file names.
+        config: of the data set.
+
+    Raises:
+        DataError: the file is no text, or a line of it is no label.
+    """
+    record = Record(relative_path(image, root), str(label_file or image), [], normalized=True)
+    lines = read_lines(label_file) if label_file else []
+    if label_file and not lines:
+        record.problems.append(Problem("label file is empty", str(label_file)))
+    for line in lines:
+        label, numbers = parse_line(label_file, line)
+        said = f"{label_file}: {line[:80]}"
+        box, kind = find_box(numbers, config.kpt_shape)
+        if box is None:
+            raise DataError(
+                f"{label_file}: {line[:80]!r} is neither 'class x y width height' nor "
+                + (f"that and key points of {config.kpt_shape}" if config.kpt_shape else "a polygon"),
+                "annotation incomplete",
+            )
+        if kind:
+            record.problems.append(Problem(kind, said))
+        if any(not OUT_OF_UNIT[0] <= edge <= OUT_OF_UNIT[1] for edge in box if edge == edge):
+            record.problems.append(Problem("box not in 0..1", said))
+        elif label in config.classes:
+            record.objects.append(RawObject(config.classes[int(label)], box, text=f"{line[:80]!r}"))
         else:
-            sentence = f"{label_file}: {line[:80]!r} is neither 'class x y width height' nor a polygon"
-            raise DataError(sentence, "annotation incomplete")
-        if label in classes:
-            record.objects.append(RawObject(str(classes[label]), box, text=f"{line[:80]!r}"))
-        else:
-            record.problems.append(Problem("object of an unknown class", f"{label_file}: {line[:80]}"))
+            record.problems.append(Problem("object of an unknown class", said))
     return record
+
+
+def parse_line(file: Path | None, line: str) -> tuple[float, list[float]]:
+    """The class id of a line and the numbers behind it; DataError where a word is no number."""
+    try:
+        label, *numbers = (float(word) for word in line.split())
+    except ValueError:
+        raise DataError(f"{file}: {line[:80]!r} is not all numbers", "number unreadable") from None
+    return label, numbers
+
+
+def find_box(
+    numbers: Sequence[float], kpt_shape: tuple[int, int] | None
+) -> tuple[tuple[float, float, float, float] | None, str | None]:
+    """The box that a line's numbers mean.
+
+    Args:
+        numbers: of a line, without its class.
+        kpt_shape: (key points, numbers of each) where the data set has them.
+
+    Returns:
+        (xyxy in 0..1 of the image, the kind of problem to note or None); (None, None) for numbers that are no label.
+    """
+    behind = len(numbers) - 4
+    points = kpt_shape[0] * kpt_shape[1] if kpt_shape else 0
+    scored = behind == points + 1 or behind == 1
+    if scored and not 0 <= numbers[-1] <= 1:
+        return None, None
+    if behind in (0, points) or scored:
+        x, y, width, height = numbers[:4]
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        return box, "confidence after the box" if scored else None
+    if behind >= 2 and behind % 2 == 0 and not kpt_shape:
+        xs, ys = numbers[::2], numbers[1::2]
+        return (min(xs), min(ys), max(xs), max(ys)), "polygon instead of a box"
+    return None, None

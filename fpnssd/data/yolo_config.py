@@ -1,0 +1,337 @@
+"""Reads what describes a data set in YOLO's format: a data.yaml, Darknet's obj.data, or a list of class names.
+
+config = read_config(Path("mydata"))  # or the file itself
+config.classes  # {0: "mug", 1: "key"}
+images, passed_over = config.find_split("train")
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from fpnssd.data.annotations import read_lines
+from fpnssd.data.images import DataError, find_images
+
+MAX_BYTES = 2**20  # of a data.yaml; PyYAML reads about 100 kB a second
+MAX_DEPTH = 8  # of lists in lists
+SAME_SPLIT = ("val", "valid", "validation")  # three names that exporters give to one split
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "data_config.yaml")
+NO_SPLITS = {"names", "nc", "path", "kpt_shape", "flip_idx", "colors", "download"}  # keys of a data.yaml
+CLASS_FILES = ("classes.txt", "obj.names")
+
+
+class _WordLoader(yaml.BaseLoader):
+    """Loads scalars as the words they are, but for null: a class may be called yes, off, 1.0 or 2024-01-01."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"it has the key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_WordLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+
+
+@dataclass
+class YoloConfig:
+    """A data set's classes, and where its splits are."""
+
+    path: Path  # the file that says so
+    root: Path  # the folder that its paths start from
+    classes: dict[int, str]  # id in the label files -> name
+    splits: dict[str, list[str]] = field(default_factory=dict)  # name -> folders, or text files that list images
+    in_folders: bool = False  # no split is named: each is looked for as a folder of its name
+    kpt_shape: tuple[int, int] | None = None  # key points of each object, numbers of each (2 or 3)
+    kpt_shape_given: bool = False  # also true where it is null: no key points
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders that paths may be relative to, likeliest first."""
+        return list(dict.fromkeys((self.root, self.path.parent)))
+
+    def find_split(self, name: str, others: int = 0) -> tuple[list[Path], Counter, list[Path]]:
+        """Finds the images of a split.
+
+        Args:
+            name: of the split.
+            others: how many other splits are read; without any, a data set that names no splits is one as a whole.
+
+        Returns:
+            The images, those named twice twice; how many files of which ending were passed over; and the places that
+            lie elsewhere than the file says.
+
+        Raises:
+            DataError: there is no such split, no such place, or no image in it.
+        """
+        places = self._places(name, others)
+        images, passed_over, moved = [], Counter(), []
+        for place in places:
+            path = locate(place, self.folders)
+            if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
+                where = path or self.root / place.replace("\\", "/")
+                raise DataError(f"{self.path} names {where}, which is neither a folder nor a text file")
+            if not any(_exists(folder / place) for folder in self.folders):
+                print(f"note: {self.path} names {place}, which is not there: {path} is read in its place")
+                moved.append(path)
+            if path.is_dir():
+                part, others_there = find_images(path)
+                passed_over += others_there
+            else:
+                part = listed_images(path, self.folders)
+            images += part
+        if not images:
+            endings = ", ".join(f"{count} x {ending}" for ending, count in passed_over.most_common(5))
+            there = f" (files that are no images: {endings})" if endings else ""
+            raise DataError(f"split {name!r} is empty: no image in {', '.join(places)} below {self.root}{there}")
+        return images, passed_over, moved
+
+    def _places(self, name: str, others: int) -> list[str]:
+        """The folders and text files of a split, as the file writes them."""
+        if self.in_folders:
+            options = (name, f"images/{name}", f"{name}.txt")
+            place = next((option for option in options if (self.root / option).exists()), None)
+            if place is None and others:
+                raise DataError(
+                    f"no split {name!r}: {self.path} names classes alone, and {self.root} has no "
+                    f"{' or '.join(options)}; --splits with one name takes all images as that split"
+                )
+            return [place or "."]
+        alike = SAME_SPLIT if name in SAME_SPLIT else ()
+        key = next((key for key in (name, *alike) if self.splits.get(key)), None)
+        if key is None:
+            raise DataError(f"no split {name!r} in {self.path}; it has {', '.join(self.splits) or 'none'}")
+        return self.splits[key]
+
+
+def read_config(path: Path) -> YoloConfig:
+    """Reads the description of a data set.
+
+    Args:
+        path: a data.yaml, Darknet's obj.data, a text file of class names; or a folder that has one of them.
+
+    Raises:
+        DataError: there is none, or it cannot be used.
+    """
+    path = Path(path)
+    root = path if path.is_dir() else path.parent
+    if path.is_dir():
+        path = _config_in(path)
+    elif not path.is_file():
+        raise DataError(f"{path} is missing")
+    if path.suffix == ".data":
+        return _read_darknet(path)
+    if path.suffix in (".txt", ".names"):
+        if root == path.parent and root.name.lower() in ("labels", "label"):
+            root = root.parent
+        return YoloConfig(path, tidy(root), check_classes(path, enumerate(read_names(path))), in_folders=True)
+    return _read_yaml(path)
+
+
+def _config_in(folder: Path) -> Path:
+    """The file of a folder that describes its data set."""
+    yamls = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".yaml", ".yml"))
+    named = [file for name in YAML_NAMES for file in yamls if file.name == name]
+    if named or len(yamls) == 1:
+        return (named or yamls)[0]
+    if yamls:
+        raise DataError(f"{folder} has {', '.join(file.name for file in yamls)}: name one of them")
+    if darknet := sorted(folder.glob("*.data")):
+        return darknet[0]
+    lists = [file for name in CLASS_FILES for depth in ("", "*/", "*/*/") for file in sorted(folder.glob(depth + name))]
+    if not lists:
+        raise DataError(f"{folder} has no data.yaml, obj.data or classes.txt that names the classes")
+    for other in lists[1:]:
+        if read_names(other) != read_names(lists[0]):
+            raise DataError(f"{lists[0]} and {other} name other classes: name one of them")
+    return lists[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three kinds of files
+
+
+def _read_yaml(path: Path) -> YoloConfig:
+    content = load_yaml(path)
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, str) and (file := locate(names, [path.parent])) is not None and file.is_file():
+        names = read_names(file)
+    if not isinstance(names, list | dict) or not names:
+        raise DataError(f"{path} is no data.yaml with `names`: a list of class names, or a mapping from id to name")
+    if isinstance(names, dict) and not all(isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) for key in names):
+        raise DataError(f"{path} is no data.yaml with `names`: their keys have to be the ids, as in `0: cat`")
+    pairs = [(int(key), name) for key, name in names.items()] if isinstance(names, dict) else list(enumerate(names))
+    classes = check_classes(path, pairs, content.get("nc"))
+    splits = {}
+    for key, value in content.items():
+        entries = value if isinstance(value, list) else [value]
+        if key not in NO_SPLITS and entries and all(isinstance(entry, str) and entry for entry in entries):
+            splits[key] = entries
+    folder = content.get("path") or "."
+    if not isinstance(folder, str):
+        raise DataError(f"{path}: `path` has to be a folder, not {folder!r:.80}")
+    root = path.parent / folder
+    if not _exists(root):
+        root = path.parent
+        print(f"note: {path} names the folder {folder}, which is not there: {root} is taken in its place")
+    config = YoloConfig(path, tidy(root), classes, splits)
+    config.kpt_shape_given = "kpt_shape" in content
+    config.kpt_shape = _kpt_shape(path, content.get("kpt_shape"))
+    return config
+
+
+def load_yaml(path: Path):
+    """The content of a YAML file as dicts, lists, strings and None.
+
+    Raises:
+        DataError: it does not parse, is larger than MAX_BYTES or deeper than MAX_DEPTH, or repeats lists by aliases,
+            of which a few lines make gigabytes.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise DataError(f"{path} is larger than {MAX_BYTES} bytes: that is no data.yaml")
+        text = data.decode("utf-8-sig")
+        _check_yaml(path, text)
+        return yaml.load(text, _WordLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is no data.yaml with `names`: {error!s:.300}") from error
+
+
+def _check_yaml(path: Path, text: str) -> None:
+    """Refuses deep YAML and aliases of lists, before anything is built."""
+    depth, scalars = 0, set()
+    for event in yaml.parse(text, yaml.BaseLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            scalars.discard(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent):
+            scalars.add(event.anchor)
+        elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:
+            raise DataError(f"{path} repeats a list by its alias *{event.anchor}: write it out")
+        if depth > MAX_DEPTH:
+            raise DataError(f"{path} has lists in lists, more than {MAX_DEPTH} deep: that is no data.yaml")
+
+
+def _kpt_shape(path: Path, given) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if isinstance(given, list) and len(given) == 2 and all(isinstance(n, str) and n.isdecimal() for n in given):
+        points, numbers = map(int, given)
+        if points > 0 and numbers in (2, 3):
+            return points, numbers
+    raise DataError(f"{path}: kpt_shape has to be [number of key points, 2 or 3], not {given!r:.80}")
+
+
+def _read_darknet(path: Path) -> YoloConfig:
+    """Darknet's obj.data: lines `key = value`, of which `names` is a file with a class name a line."""
+    pairs = [line.partition("=") for line in read_lines(path)]
+    content = {key.strip(): value.strip() for key, _, value in pairs}
+    names = locate(content.pop("names", ""), [path.parent]) or path.parent / "obj.names"
+    if not names.is_file():
+        raise DataError(f"{path} names no file of class names (`names = obj.names`) that is there")
+    classes = check_classes(names, enumerate(read_names(names)), content.pop("classes", None))
+    content.pop("backup", None)
+    return YoloConfig(path, tidy(path.parent), classes, {key: [value] for key, value in content.items() if value})
+
+
+def read_names(path: Path) -> list[str]:
+    """The class names of a text file, one a line; an empty line among them would move the ids behind it."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no UTF-8 text file") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if not all(lines):
+        raise DataError(f"{path}: line {lines.index('') + 1} is empty: is it a class without a name?")
+    return lines
+
+
+def check_classes(path: Path, pairs: Iterable[tuple[int, str]], count: str | None = None) -> dict[int, str]:
+    """{id: name}, by id.
+
+    Args:
+        path: the file that names them, for messages.
+        pairs: (id, name) of each class.
+        count: how many there are, where the file says so.
+
+    Raises:
+        DataError: a name is none, two are the same, or there are more or fewer than `count`.
+    """
+    classes: dict[int, str] = {}
+    for number, name in sorted(pairs, key=lambda pair: pair[0]):
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{path}: class {number} has no name, but {name!r:.80}; quote it if it is meant")
+        if not name.isprintable():
+            raise DataError(f"{path}: the name of class {number} has characters that cannot be printed: {name!r:.80}")
+        if number in classes or name.strip() in classes.values():
+            raise DataError(f"{path} names the class {name!r:.80} twice, or its id {number}")
+        classes[number] = name.strip()
+    if not classes:
+        raise DataError(f"{path} names no class")
+    if isinstance(count, str) and count.isdecimal() and int(count) != len(classes):
+        raise DataError(f"{path} says {count} classes and names {len(classes)}")
+    return classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return os.path.exists(path)
+    except ValueError:  # a NUL
+        return False
+
+
+def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = _exists) -> Path | None:
+    """Finds what a file of a data set names, also where the data set was moved or renamed since.
+
+    Roboflow writes `../train/images` beside `train`, CVAT `data/obj_train_data/a.jpg` beside `obj_train_data`, a
+    notebook `/content/kitchen/train/images`: what is not where it should be is looked for by the end of its path.
+
+    Args:
+        name: an absolute or relative path, with slashes or backslashes.
+        folders: what it may be relative to.
+        exists: the test that a path has to pass.
+
+    Returns:
+        The first of the folders joined with the name, or with its longest end, that exists; None for none.
+    """
+    for text in dict.fromkeys((name, name.replace("\\", "/"))):
+        for folder in folders:
+            if exists(folder / text):
+                return tidy(folder / text)
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    for start in range(len(parts)):
+        for folder in folders:
+            if exists(path := folder.joinpath(*parts[start:])):
+                return tidy(path)
+    return None
+
+
+def tidy(path: Path) -> Path:
+    """The absolute path without `..`; links stay, but for those that `..` leads out of."""
+    flat = Path(os.path.abspath(path))
+    if ".." not in path.parts or (flat.exists() and os.path.samefile(flat, path)):
+        return flat
+    return Path(os.path.realpath(path))
+
+
+def listed_images(file: Path, folders: list[Path]) -> list[Path]:
+    """The images that a text file lists, one a line; those that are not there too, to be named later."""
+    lines = [line.strip("\"'") for line in read_lines(file)]
+    folders = list(dict.fromkeys((file.parent, *folders)))
+    return [locate(line, folders, os.path.isfile) or file.parent / line for line in lines if line]
