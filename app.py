@@ -1,60 +1,105 @@
-"""A web page to try a detector on, and an HTTP endpoint that answers with JSON. Needs requirements-app.txt.
+"""A web page to try a detector in a browser, and an HTTP endpoint that returns JSON. Needs requirements-app.txt.
 
     python app.py --checkpoint runs/lite/best.pth.tar        # http://127.0.0.1:7860
     curl --data-binary @photo.jpg "http://127.0.0.1:7860/detect?min_score=0.3"
 
-Only this machine can reach it unless --host says otherwise, and neither the page nor the server asks anybody else for
-anything. Turning the knobs of decoding does not ask the network again: what it said of the latest pictures is kept.
+Only this machine can reach it unless --host says otherwise, and neither the page nor the server fetches anything from
+elsewhere. Moving a slider does not run the network again: the outputs for the latest pictures are kept.
+
+    GET  /                              the page (fpnssd/inference/page.html, .css, .js)
+    POST /detect                        picture as the body -> detections as JSON; nothing is kept
+    POST /pictures                      the same, and the outputs are kept under a random id for these:
+    GET  /pictures/ID/detections.json   decoded again with other thresholds
+    GET  /pictures/ID/annotated.jpg     the picture with its detections drawn, at full size
+    GET  /pictures/ID/preview.jpg       the picture alone, small
+    GET  /about.json, /examples/NUMBER  what the page shows at first
+
+All that return detections take min_score, max_overlap, top_k and suppress (class names, with commas between).
+Errors are {"error": message} with a 4xx status.
 """
 
 import argparse
+import contextlib
 import io
-import secrets
 import sys
-import threading
 import time
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import anyio
 import torch
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 
-from fpnssd.data.images import MAX_PIXELS, DataError, load_image
-from fpnssd.inference.detector import MIN_SCORE, RUNTIMES, load_detector
-from fpnssd.inference.draw import annotate
-from fpnssd.inference.page import mount_page
-from model import DEFAULT_CHECKPOINT
+from fpnssd.data.images import MAX_PIXELS, load_image
+from fpnssd.inference.detector import RUNTIMES, Detections, Detector, load_detector
+from fpnssd.inference.draw import annotate, class_colour
+from fpnssd.inference.http_server import Bodies, Guard, Kept, listen, make_server
+from model import DEFAULT_CHECKPOINT, DETECTION
 from utils import InputError, error_message, whole_number
 
+PAGE_FILES = Path(__file__).parent / "fpnssd" / "inference"
 PREVIEW_SIDE = 1280  # longer side of the picture on the page, in pixels
-KEPT_BYTES = 256 * 2**20  # of pictures and answers, so that knobs can be turned
-# Nothing from anywhere else; the page's own scripts are inline, and make functions of templates.
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'self'"
+JPEG_SIDE = 65_500  # longest side of a JPEG file
+NAME_LENGTH = 255  # characters kept of an upload's name
+MAX_TOP_K = 1000
+OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
+THRESHOLDS = {  # name: (type, default, least, most)
+    "min_score": (float, DETECTION.min_score, 0, 1),
+    "max_overlap": (float, DETECTION.max_overlap, 0, 1),
+    "top_k": (int, DETECTION.top_k, 1, MAX_TOP_K),
+}
 
 
-def main(argv=None):
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what clients may send, and on the memory and time that they get."""
+
+    file_bytes: int = 20 * 10**6  # of one picture
+    pixels: int = 50 * 10**6  # of one picture
+    at_once: int = 2  # pictures decoded at a time: the network runs on one while another is read
+    bodies: int = 64  # requests whose body is in memory
+    body_seconds: float = 30.0  # in which a body has to arrive
+    kept_bytes: int = 256 * 2**20  # of pictures and outputs kept for the page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        listener = listen(args.host, args.port)
         detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
     except (InputError, OSError) as error:
         sys.exit(f"app: {error_message(error)}")
-    app = build_app(detector, Limits(args.max_mb * 10**6, args.max_megapixels * 10**6))
-    print(f"http://{args.host}:{args.port} (Ctrl-C ends it)", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    limits = Limits(args.max_mb * 10**6, args.max_megapixels * 10**6)
+    app = build_app(Service(detector, limits), [*OWN_NAMES, args.host, *args.allowed_host])
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        make_server(app).run(sockets=[listener])
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max-mb", type=whole_number(1), default=20, help="largest file taken, in millions of bytes")
-    parser.add_argument("--max-megapixels", type=whole_number(1), default=50, help="largest picture taken")
+    parser.add_argument("--port", type=whole_number(0), default=7860, help="0 takes a free one")
+    parser.add_argument(
+        "--allowed-host", metavar="NAME", nargs="+", default=[],
+        help="further names or addresses under which browsers reach it: this machine's, or a proxy's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-mb", type=whole_number(1), default=20, help="largest file accepted, in millions of bytes"
+    )
+    parser.add_argument("--max-megapixels", type=whole_number(1), default=50, help="largest picture accepted")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--runtime", default="auto", choices=RUNTIMES)
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
@@ -64,181 +109,154 @@ def parse_args(argv):
     return args
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What is refused before it is decoded, and how many pictures are worked on at a time."""
-
-    file_bytes: int = 20 * 10**6
-    pixels: int = 50 * 10**6
-    at_once: int = 2  # one is decoded while the network looks at another
-
-
-def build_app(detector, limits=Limits()):  # noqa: B008 (frozen)
-    """The ASGI application: POST /detect, the page at /, and the files that the page links to."""
-    app = FastAPI(title="FPN-SSD", openapi_url=None)
-    answers, limiter = Answers(detector, limits), anyio.CapacityLimiter(limits.at_once)
-    add_endpoint(app, answers, limiter)
-    add_files(app, answers, limiter)
-    mount_page(app, answers)
-    app.add_middleware(OwnSourcesOnly)
-    return app
-
-
-class OwnSourcesOnly:
-    """Tells browsers to fetch nothing for this page from elsewhere."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def send_with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers that are kept
+def build_app(service: "Service", names: Sequence[str] = OWN_NAMES) -> Guard:
+    """The ASGI application, which answers to these host names."""
+    routes = [
+        file_route("/", PAGE_FILES / "page.html"),
+        file_route("/page.css", PAGE_FILES / "page.css"),
+        file_route("/page.js", PAGE_FILES / "page.js"),
+        *(file_route(f"/examples/{number}", path) for number, path in enumerate(service.examples)),
+        Route("/about.json", service.about),
+        Route("/detect", service.detect, methods=["POST"]),
+        Route("/pictures", service.add_picture, methods=["POST"]),
+        Route("/pictures/{id}/detections.json", service.detections),
+        Route("/pictures/{id}/annotated.jpg", service.annotated),
+        Route("/pictures/{id}/preview.jpg", service.preview),
+    ]
+    errors: dict[Any, Callable[[Request, Any], Response]] = {
+        InputError: lambda _, error: JSONResponse({"error": error_message(error)}, 400),
+        HTTPException: lambda _, error: JSONResponse({"error": error.detail}, error.status_code, error.headers),
+        MemoryError: lambda *_: JSONResponse({"error": "not enough memory for this picture"}, 503),
+        ClientDisconnect: lambda *_: Response(status_code=400),  # which nobody reads
+    }
+    return Guard(Starlette(routes=routes, exception_handlers=errors), names)
 
 
 @dataclass
-class Answer:
-    """A picture as it came, a smaller copy for the page, and what the network said of it."""
+class Outputs:
+    """A picture as it was sent, a smaller copy, and the network's outputs for it."""
 
     name: str
     data: bytes
     preview: bytes  # JPEG
-    size: tuple  # (height, width)
+    size: tuple[int, int]  # (height, width)
     offsets: torch.Tensor  # (1, P, 4)
     logits: torch.Tensor  # (1, P, C + 1)
-    seconds: float  # that it took
+    seconds: float  # for reading the picture and running the network
 
     @property
-    def num_bytes(self):
+    def num_bytes(self) -> int:
         return len(self.data) + len(self.preview) + self.offsets.nbytes + self.logits.nbytes
 
 
-class Answers:
-    """Asks a detector, and keeps its latest answers up to KEPT_BYTES; safe for threads."""
+class Service:
+    """The routes of the application and what they share; the methods that are not async run in threads."""
 
-    def __init__(self, detector, limits):
+    def __init__(self, detector: Detector, limits: Limits):
         self.detector, self.limits = detector, limits
-        self._kept, self._lock = OrderedDict(), threading.Lock()
+        self.kept: Kept[Outputs] = Kept(limits.kept_bytes)
+        self.bodies = Bodies(limits.file_bytes, limits.bodies, limits.body_seconds)
+        self.limiter = anyio.CapacityLimiter(limits.at_once)
+        self.examples = example_pictures()
 
-    def add(self, data, name):
-        """The key of the answer to a picture in bytes."""
-        begun = time.perf_counter()
-        picture = self.read(data, name)
+    def run_network(self, data: bytes, name: str) -> Outputs:
+        start = time.perf_counter()
+        picture = load_image(data, name or "that was sent", self.limits.pixels)
         offsets, logits = self.detector.look([picture])
-        seconds, small, stream = time.perf_counter() - begun, picture.copy(), io.BytesIO()
-        small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        small.save(stream, "JPEG", quality=88)
-        answer = Answer(
-            name, data, stream.getvalue(), (picture.height, picture.width), offsets.cpu(), logits.cpu(), seconds
-        )
-        key = secrets.token_urlsafe(16)  # pictures are for those who sent them
-        with self._lock:
-            self._kept[key] = answer
-            while sum(one.num_bytes for one in self._kept.values()) > KEPT_BYTES and len(self._kept) > 1:
-                self._kept.popitem(last=False)
-        return key
+        seconds, size = time.perf_counter() - start, (picture.height, picture.width)
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        return Outputs(name, data, to_jpeg(picture, 88), size, offsets.cpu(), logits.cpu(), seconds)
 
-    def read(self, data, name):
-        """A picture in bytes as an upright RGB image, if it is within the limits."""
-        if len(data) > self.limits.file_bytes:
-            raise DataError(
-                f"{name} has {len(data) / 1e6:.1f} MB; at most {self.limits.file_bytes / 1e6:.0f} are taken"
-            )
-        return load_image(data, name, self.limits.pixels)
+    def decode(self, outputs: Outputs, thresholds: dict[str, Any]) -> Detections:
+        image = ([outputs.size], [outputs.name])
+        return next(iter(self.detector.decode(outputs.offsets, outputs.logits, *image, **thresholds)))
 
-    def get(self, key):
-        with self._lock:
-            if key not in self._kept:
-                raise DataError("this picture is no longer kept: send it again")
-            self._kept.move_to_end(key)
-            return self._kept[key]
+    def draw(self, outputs: Outputs, thresholds: dict[str, Any]) -> bytes:
+        picture = load_image(outputs.data, outputs.name, self.limits.pixels)
+        return to_jpeg(annotate(picture, self.decode(outputs, thresholds)), 92)
 
-    def decode(self, answer, min_score, max_overlap, top_k):
-        """Detections of an Answer."""
-        knobs = {"min_score": float(min_score), "max_overlap": float(max_overlap), "top_k": int(top_k)}
-        (found,) = self.detector.decode(answer.offsets, answer.logits, [answer.size], [answer.name], **knobs)
-        return found
+    async def in_thread(self, request: Request, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args) off the event loop, for `limits.at_once` requests at a time."""
+        async with self.limiter:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            return await anyio.to_thread.run_sync(function, *args)
 
+    async def receive_picture(self, request: Request, name: str, thresholds: dict[str, Any]) -> tuple[Outputs, dict]:
+        """The outputs for the picture in a request's body, and its detections for JSON."""
+        async with self.bodies.receive(request) as data:
+            outputs = await self.in_thread(request, self.run_network, data, name)
+        return outputs, (await self.in_thread(request, self.decode, outputs, thresholds)).to_dict()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+    async def about(self, request: Request) -> Response:
+        config, about = self.detector.config, self.detector.about
+        run = f"{about['runtime']} on {about['device']}, {about['precision']}"
+        content: dict[str, Any] = {name: default for name, (_, default, _, _) in THRESHOLDS.items()}
+        content["model"] = f"{Path(about['source']).name}: {config.backbone}, {config.image_size} px, {run}"
+        content["classes"] = [
+            {"name": name, "colour": class_colour(k)} for k, name in enumerate(config.classes, start=1)
+        ]
+        content["examples"] = [path.name for path in self.examples]
+        content["max_bytes"] = self.limits.file_bytes
+        return JSONResponse(content)
 
+    async def detect(self, request: Request) -> Response:
+        _, detections = await self.receive_picture(request, "", self.thresholds_of(request))
+        return JSONResponse(detections)
 
-def add_endpoint(app, answers, limiter):
-    def ask(data, knobs, suppress):
-        picture = answers.read(data, "that was sent")
-        return answers.detector.predict(picture, **knobs, suppress=suppress).to_dict()
+    async def add_picture(self, request: Request) -> Response:
+        name = request.query_params.get("name", "picture")[:NAME_LENGTH]
+        outputs, detections = await self.receive_picture(request, name, self.thresholds_of(request, "name"))
+        return JSONResponse({"id": self.kept.add(outputs), "seconds": outputs.seconds, **detections}, 201)
 
-    @app.post("/detect")
-    async def detect(
-        request: Request, min_score: float = MIN_SCORE, max_overlap: float = 0.5, top_k: int = 200, suppress: str = ""
-    ):
-        """A picture as the body; suppress: names of classes to leave out, with commas between."""
-        try:
-            check_kind(request.headers.get("content-type", ""))
-            data = await read_body(request, answers.limits.file_bytes)
-            knobs = {"min_score": min_score, "max_overlap": max_overlap, "top_k": top_k}
-            names = [name for name in suppress.split(",") if name]
-            return JSONResponse(await anyio.to_thread.run_sync(ask, data, knobs, names, limiter=limiter))
-        except InputError as error:
-            status = 413 if isinstance(error, TooLarge) else 400
-            return JSONResponse({"error": error_message(error)}, status)
+    async def detections(self, request: Request) -> Response:
+        thresholds, outputs = self.thresholds_of(request), self.kept.get(request.path_params["id"])
+        return JSONResponse((await self.in_thread(request, self.decode, outputs, thresholds)).to_dict())
 
+    async def annotated(self, request: Request) -> Response:
+        thresholds, outputs = self.thresholds_of(request), self.kept.get(request.path_params["id"])
+        return Response(await self.in_thread(request, self.draw, outputs, thresholds), media_type="image/jpeg")
 
-class TooLarge(InputError):
-    """A body beyond the limit."""
+    async def preview(self, request: Request) -> Response:
+        return Response(self.kept.get(request.path_params["id"]).preview, media_type="image/jpeg")
 
-
-def check_kind(content_type):
-    if content_type.startswith("multipart/"):
-        raise InputError("send the picture alone as the body (curl --data-binary @photo.jpg), not as a form")
-
-
-async def read_body(request, most):
-    """The bytes of a request; TooLarge as soon as there are more than `most`."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > most:
-            raise TooLarge(f"the picture has more than the {most / 1e6:.0f} MB that are taken")
-    if not data:
-        raise InputError("the body is empty: POST a picture, as curl --data-binary @photo.jpg does")
-    return bytes(data)
+    def thresholds_of(self, request: Request, *others: str) -> dict[str, Any]:
+        """Arguments for `decode` from a query; InputError for what is out of bounds or unknown."""
+        query, thresholds = request.query_params, {}
+        if unknown := sorted(set(query) - {*THRESHOLDS, "suppress", *others}):
+            raise InputError(f"unknown parameter {unknown[0][:40]!r}; there are {', '.join([*THRESHOLDS, 'suppress'])}")
+        for name, (kind, default, least, most) in THRESHOLDS.items():
+            try:
+                value = thresholds[name] = kind(query.get(name, default))
+            except ValueError:
+                raise InputError(f"{name} is {query[name][:40]!r}; it must be a number in {least}..{most}") from None
+            if not least <= value <= most:
+                raise InputError(f"{name} is {value}; it must lie in {least}..{most}")
+        classes = self.detector.classes
+        texts = query.getlist("suppress")  # each a class, whose name may have commas, or several with commas between
+        names = [name for text in texts for name in ([text] if text in classes else text.split(",")) if name]
+        if unknown := [name[:40] for name in names if name not in classes]:
+            raise InputError(f"cannot suppress {unknown[0]}: the model knows {', '.join(classes)}")
+        return {**thresholds, "suppress": names}
 
 
-def add_files(app, answers, limiter):
-    """What the page shows and lets download."""
+def file_route(address: str, path: Path) -> Route:
+    return Route(address, lambda _: FileResponse(path))
 
-    def answered(make):
-        try:
-            return make()
-        except InputError as error:
-            return JSONResponse({"error": error_message(error)}, 404)
 
-    @app.get("/answers/{key}/preview.jpg")
-    def preview(key: str):
-        return answered(lambda: Response(answers.get(key).preview, media_type="image/jpeg"))
+def to_jpeg(picture: Image.Image, quality: int) -> bytes:
+    """An RGB image as a JPEG file; the image is shrunk in place if it is longer than such files can be."""
+    stream = io.BytesIO()
+    picture.thumbnail((JPEG_SIDE, JPEG_SIDE))
+    picture.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
 
-    @app.get("/answers/{key}/detections.json")
-    def detections(key: str, min_score: float, max_overlap: float, top_k: int):
-        return answered(lambda: JSONResponse(answers.decode(answers.get(key), min_score, max_overlap, top_k).to_dict()))
 
-    @app.get("/answers/{key}/annotated.jpg")
-    async def annotated(key: str, min_score: float, max_overlap: float, top_k: int):
-        def make():
-            answer, stream = answers.get(key), io.BytesIO()
-            picture = annotate(load_image(answer.data), answers.decode(answer, min_score, max_overlap, top_k))
-            picture.save(stream, "JPEG", quality=92)
-            return Response(stream.getvalue(), media_type="image/jpeg")
-
-        return await anyio.to_thread.run_sync(answered, make, limiter=limiter)
+def example_pictures() -> list[Path]:
+    """Photographs under free licences that scikit-image carries, if it is installed."""
+    spec = find_spec("skimage")
+    folder = Path(spec.origin).parent / "data" if spec and spec.origin else Path()
+    return [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png") if (folder / name).is_file()]
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from create_data_lists import create_data_lists
 from fpnssd.data.synthetic import draw_dataset
 from fpnssd.data.voc import read_voc
 
 CHROMIUM = "/usr/bin/chromium"
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(os.environ.get("FPNSSD_SHARED", Path(__file__).parents[2] / "shared"))
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def voc_real():
     """Real photographs in VOC's layout; the test skips where they are not."""
     folder = SHARED / "VOCdevkit" / "VOCreal"
     if not folder.is_dir():
-        pytest.skip("no ../shared photographs here")
+        pytest.skip("no photographs in ../shared or FPNSSD_SHARED")
     return folder
 
 
@@ -38,7 +37,7 @@ def bccd():
     """The blood cells in VOC's layout; the test skips where they are not."""
     folder = SHARED / "BCCD"
     if not folder.is_dir():
-        pytest.skip("no ../shared photographs here")
+        pytest.skip("no photographs in ../shared or FPNSSD_SHARED")
     return folder
 
 
@@ -57,15 +56,16 @@ def in_tmp(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="module")  # a loader's worker that outlives its test would hold the browser's pipes open
+@pytest.fixture(scope="session")
 def browser():
-    """Debian's Chromium without a window. Where it is missing the test skips; in CI it fails."""
+    """Debian's Chromium without a window, started once. Where it is missing the test skips; in CI it fails."""
+    sync_api = pytest.importorskip("playwright.sync_api")
     if not Path(CHROMIUM).is_file():
         if os.environ.get("CI"):
             pytest.fail(f"{CHROMIUM} is missing: .ci/run installs it")
         pytest.skip(f"no {CHROMIUM} here (Debian: apt-get install chromium)")
     arguments = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-    with sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
