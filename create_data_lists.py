@@ -40,7 +40,7 @@ from fpnssd.data.images import DataError
 from fpnssd.data.threads import map_in_threads
 from fpnssd.data.voc import DOWNLOADS, VOC_CLASSES, download_voc, read_voc
 from fpnssd.data.yolo import read_yolo
-from utils import InputError, escape_unprintable, whole_number, write_text
+from utils import InputError, check_outputs, escape_unprintable, whole_number, write_text
 
 
 @dataclass
@@ -56,7 +56,7 @@ def main(argv=None):
     args = parse_args(argv)
     escape_unprintable()
     try:
-        check_sources_stay(args)
+        check_outputs(outputs_of(args), [*(args.coco or ()), args.yolo, args.classes], args.overwrite)
         if args.download:
             args.voc = [download_voc(name, Path(args.root)) for name in args.download]
         known = None  # classes that the data itself names, with their ids
@@ -99,6 +99,7 @@ def parse_args(argv):
         "--unlabelled", action="store_true", help="images need no annotation and splits no object, as in test sets"
     )
     parser.add_argument("--allow-loss", action="store_true", help="write lists though most objects were left out")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
     parser.add_argument("--strict", action="store_true", help="write no lists if anything is left out or changed")
     parser.add_argument("--image-size", type=whole_number(1), default=300, help="of the network, for the check (300)")
     args = parser.parse_args(argv)
@@ -107,12 +108,11 @@ def parse_args(argv):
     return args
 
 
-def check_sources_stay(args):
-    """DataError if a list would be written over a file that it is made from."""
-    written = [Path(args.out) / name for name in (*(f"{split}.json" for split in args.splits), "check.json")]
-    for path in args.coco or ():
-        if path.resolve() in {one.resolve() for one in written}:
-            raise DataError(f"{path} would be written over: choose another --out")
+def outputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """(kind, path) of each file that will be written, for utils.check_outputs."""
+    out = Path(args.out)
+    lists = [("data list", out / f"{split}.json") for split in args.splits]
+    return [("check", out / "check.json"), ("picture", out / "check.png"), *lists]
 
 
 def create_data_lists(
@@ -166,7 +166,7 @@ def create_data_lists(
         told = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
         raise DataError(f"--strict: {told}. No list was written")
     for split in splits:
-        write_text(out / f"{split.name}.json", json.dumps(to_coco(split, classes)))
+        write_text(out / f"{split.name}.json", json.dumps(to_coco(split, classes)), "data list")
         print(f"wrote {out / split.name}.json")
     return report
 

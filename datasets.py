@@ -26,7 +26,7 @@ from fpnssd.data.images import DataError, to_pixels
 from fpnssd.inference.draw import class_colour
 from fpnssd.training.config import set_fields
 from fpnssd.training.cpu_memory import MALLOC_DEFAULTS, tune_malloc
-from utils import InputError, atomic_write, error_message, whole_number
+from utils import InputError, atomic_write, check_outputs, error_message, whole_number
 
 
 class DetectionDataset(Dataset):
@@ -223,12 +223,14 @@ def main(argv=None):
     parser.add_argument("--count", type=whole_number(1), default=16, help="samples (16)")
     parser.add_argument("--image-size", type=whole_number(1), default=300, help="side of a sample (300)")
     parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that this program did not write, too")
     parser.add_argument("--plain", action="store_true", help="without augmentation")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="of AugmentConfig, as mosaic=0.5"
     )
     args = parser.parse_args(argv)
     try:
+        check_outputs([("picture", args.preview)], [args.list], args.overwrite)
         data_list = DataList.load(args.list, args.images)
         if len(data_list) == 0:
             raise DataError(f"{args.list} lists no images")
@@ -236,7 +238,7 @@ def main(argv=None):
         dataset = DetectionDataset(data_list, args.image_size, config, args.seed)
         keys = list(EpochSampler(len(dataset), args.seed))[: args.count]
         picture = draw_batch(collate([dataset[key] for key in keys]), data_list.classes)
-        with atomic_write(args.preview) as temporary:
+        with atomic_write(args.preview, "picture") as temporary:
             picture.save(temporary, Path(args.preview).suffix.lstrip(".") or "png")
     except (InputError, OSError, KeyError) as error:
         sys.exit(f"datasets: {error_message(error)}")

@@ -21,17 +21,18 @@ from fpnssd.evaluation import intervals
 from fpnssd.evaluation.metrics import rank, score
 from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
-from fpnssd.evaluation.result_files import read_coco, write_coco, write_voc
+from fpnssd.evaluation.result_files import read_coco, voc_result_paths, write_coco, write_voc
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import runtime_of
 from model import DEFAULT_CHECKPOINT, DETECTION, EVALUATION
-from utils import InputError, error_message, whole_number, write_text
+from utils import InputError, check_outputs, error_message, whole_number, write_text
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images)
+        check_outputs(outputs_of(args, data_list), inputs_of(args, data_list), args.overwrite)
         if args.compare:
             print(format_comparison(args.compare, compare(args.compare, data_list, args)))
             return
@@ -52,7 +53,7 @@ def main(argv=None):
         if args.report:
             write_report(args.report, data_list, ranked, metrics)
         if args.json:
-            write_text(args.json, json.dumps(metrics, indent=2))
+            write_text(args.json, json.dumps(metrics, indent=2), "metrics")
         if args.save_detections:
             write_coco(args.save_detections, data_list, detections)
         if args.voc_files:
@@ -86,6 +87,7 @@ def parse_args(argv):
     parser.add_argument("--json", metavar="FILE", help="gets the numbers")
     parser.add_argument("--save-detections", metavar="FILE", help="gets the detections in COCO's result format")
     parser.add_argument("--voc-files", metavar="FOLDER", help="gets comp4_det_SPLIT_CLASS.txt for VOC's server")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
     parser.add_argument("--intervals", type=whole_number(0), default=1000, help="resamples of images; 0 for none")
     parser.add_argument("--min-score", type=float, default=EVALUATION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=EVALUATION.max_overlap, help="NMS IoU threshold")
@@ -102,6 +104,18 @@ def parse_args(argv):
     elif args.detections:
         refuse(parser, args, "--detections", ("flip", "min_score", "max_overlap", "top_k", "batch_size"))
     return args
+
+
+def outputs_of(args, data_list):
+    """(kind, path) of each file that will be written, for utils.check_outputs."""
+    voc = voc_result_paths(args.voc_files, data_list, args.split) if args.voc_files else ()
+    single = [("metrics", args.json), ("report", args.report), ("COCO results", args.save_detections)]
+    return [*single, *(("VOC results", path) for path in voc)]
+
+
+def inputs_of(args, data_list):
+    """The files that are read, but for the photographs."""
+    return [args.checkpoint, args.detections, data_list.path, *(args.compare or ())]
 
 
 def refuse(parser, args, option, others):

@@ -30,7 +30,7 @@ from fpnssd.evaluation.predict import Predictor, evaluate
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, import_optional, load_exported
 from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
-from utils import InputError, atomic_write, error_message, hash_file, whole_number
+from utils import InputError, atomic_write, check_outputs, error_message, hash_file, whole_number
 
 CALIBRATION_IMAGES = 300
 KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model
@@ -40,6 +40,7 @@ BATCH = torch.export.Dim("batch", min=1, max=4096)
 def main(argv=None):
     args = parse_args(argv)
     try:
+        check_outputs(outputs_of(args), [args.checkpoint, args.int8], args.overwrite)
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images) if args.data else None
         original = load_detector(args.checkpoint, "cpu", "torch", "fp32")
         for kind in args.to:
@@ -79,6 +80,7 @@ def parse_args(argv):
     parser.add_argument("--data", help="folder of data lists, to compare on photographs")
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
     parser.add_argument("--count", type=whole_number(1), default=32, help="images to compare outputs on")
     args = parser.parse_args(argv)
     if args.int8 and "openvino" not in args.to:
@@ -86,12 +88,17 @@ def parse_args(argv):
     return args
 
 
+def outputs_of(args):
+    """(kind, path) of each file that will be written, for utils.check_outputs."""
+    outputs = [("checkpoint" if kind == "fp16" else "exported", path_of(args, kind)) for kind in dict.fromkeys(args.to)]
+    outputs += [("exported", path.with_suffix(".bin")) for _, path in outputs if path.suffix == ".xml"]
+    decoded = [("exported", exported_path(args.out or args.checkpoint, "onnx", "_detect"))] if args.decode else []
+    return outputs + decoded
+
+
 def path_of(args, kind):
     if kind == "fp16":
-        path = exported_path(args.out or args.checkpoint, kind, "" if args.out else "_fp16")
-        if path.resolve() == Path(args.checkpoint).resolve():
-            raise InputError(f"{path} is the checkpoint itself: choose another --out")
-        return path
+        return exported_path(args.out or args.checkpoint, kind, "" if args.out else "_fp16")
     return exported_path(args.out or args.checkpoint, kind, "_int8" if args.int8 and kind == "openvino" else "")
 
 
@@ -108,7 +115,7 @@ def export_fp16(checkpoint, path):
     model = content["model"]
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
-    save_checkpoint(path, model, **{name: content[name] for name in KEPT if name in content})
+    save_checkpoint(path, model, "checkpoint", **{name: content[name] for name in KEPT if name in content})
 
 
 def export_onnx(checkpoint, path):

@@ -573,12 +573,13 @@ def build_model(config, state_dict):
 torch.serialization.add_safe_globals([build_model])
 
 
-def save_checkpoint(path, model, **extra):
+def save_checkpoint(path, model, kind=None, **extra):
     """Writes {"model": model, "format_version": ..., **extra} whole or not at all; `extra` is tensors and builtins.
 
-    All tensors go to the CPU first: a file written beside a GPU has to load where there is none.
+    All tensors go to the CPU first: a file written beside a GPU has to load where there is none. kind: "checkpoint" for
+    an output that may be written again (see utils.check_outputs); a training's own are not.
     """
-    with atomic_write(path) as temporary:
+    with atomic_write(path, kind) as temporary:
         content = {"format_version": FORMAT_VERSION, "model": _ModelPickle(model), **_on_cpu(extra)}
         torch.save(content, temporary)
 

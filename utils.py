@@ -10,7 +10,8 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -125,14 +126,14 @@ def hash_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, kind: str | None = None) -> None:
     """Writes a UTF-8 file whole or not at all (see atomic_write)."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, kind) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[str]:
+def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[str]:
     """Yields the path of an empty temporary file beside `path`, which replaces `path` when the block ends.
 
     If the block raises, `path` stays as it was. A symbolic link stays: the file that it leads to is replaced. A device,
@@ -140,6 +141,7 @@ def atomic_write(path: str | Path) -> Iterator[str]:
 
     Args:
         path: the file to write. Missing folders are made.
+        kind: of an output (see check_outputs): the file gets its mark.
     """
     path = Path(path)
     if (descriptor := _open_descriptor(path)) is not None or is_special(path):
@@ -158,6 +160,8 @@ def atomic_write(path: str | Path) -> Iterator[str]:
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
     try:
         yield temporary
+        if kind:
+            _append_mark(temporary, kind)
         with open(temporary, "rb+") as file:  # to write: Windows syncs no other
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -170,6 +174,102 @@ def atomic_write(path: str | Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An output is never one of the user's files
+
+BINARY_KINDS = ("picture", "video", "checkpoint", "exported")
+EXPORT_KEY = "fpn_ssd_source"  # in the metadata of exported files, which stand at their end
+MODEL_SUFFIXES = (".pth", ".tar", ".pt", ".onnx", ".bin", ".safetensors")
+
+
+def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iterable = (), overwrite=False) -> None:
+    """Refuses outputs that would replace a file of the user's. Commands call it before any work.
+
+    An output may be a new file, or one that this program wrote as the same kind of output before, but no input of the
+    call. How it knows: what it writes ends in a mark of 16 blanks and tabs that spell the kind in bits. Readers of
+    JSON, XML, HTML and of the text files of YOLO and VOC pass over blanks; in a picture or video the mark follows the
+    content, in a box of type free; in a checkpoint it is the archive's comment. Exported files have metadata instead.
+
+    Args:
+        outputs: pairs (kind, path); a path of None or "-" is passed over, and so are devices and pipes. Kinds are
+            names such as "report"; those of BINARY_KINDS are no text.
+        inputs: what this call reads: paths, or file_ids of them where the function is called often.
+        overwrite: --overwrite was given: existing files are replaced, though no inputs.
+
+    Raises:
+        InputError: naming the first output that may not be written, and what to do.
+    """
+    ids = inputs if isinstance(inputs, frozenset) else file_ids(path for path in inputs if path)
+    seen: set[str] = set()
+    for kind, name in outputs:
+        if name is None or str(name) == "-" or is_special(Path(name)) or str(name).startswith("/dev/fd/"):
+            continue
+        path = Path(name)
+        if (real := os.path.realpath(path)) in seen:
+            raise InputError(f"{path} would be written twice by this call: name different files")
+        seen.add(real)
+        if kind not in BINARY_KINDS and path.suffix.lower() in MODEL_SUFFIXES:
+            raise InputError(f"{path} is the name of a model, but a {kind} would be written to it: choose another name")
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, but a {kind} would be written to it: name a file")
+        if blocking := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+            raise InputError(f"{path} cannot be written: {blocking} is a file and no folder")
+        if file_ids([path]) & ids:
+            raise InputError(f"{path} is an input of this call and would be written over: choose another name")
+        if path.exists() and not overwrite and not is_own_output(path, kind):
+            raise InputError(
+                f"{path} exists already and is no {kind} that this program wrote: choose another name, or add "
+                "--overwrite to replace it"
+            )
+
+
+def file_ids(paths: Iterable[str | Path]) -> frozenset:
+    """What identifies each existing file whatever name leads to it; paths that lead to none are passed over."""
+    ids = set()
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path)
+            ids.add((status.st_dev, status.st_ino))
+    return frozenset(ids)
+
+
+def is_own_output(path: Path, kind: str) -> bool:
+    """Whether this program wrote the file as this kind of output (see check_outputs)."""
+    if kind == "exported" and path.suffix == ".bin":  # OpenVINO's weights beside its .xml
+        path = path.with_suffix(".xml")
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**16))
+            end = file.read()
+    except OSError:
+        return False
+    return EXPORT_KEY.encode() in end if kind == "exported" else end.rstrip(b"\n").endswith(output_mark(kind).encode())
+
+
+def output_mark(kind: str) -> str:
+    """16 blanks and tabs that spell the kind of an output in bits."""
+    return f"{zlib.crc32(kind.encode()) % 2**16:016b}".replace("0", " ").replace("1", "\t")
+
+
+def _append_mark(path: str, kind: str) -> None:
+    """Marks a file that is about to become an output of this kind."""
+    mark = output_mark(kind).encode()
+    with open(path, "rb+") as file:
+        is_zip = file.read(4) == b"PK\3\4"
+        size = file.seek(0, os.SEEK_END)
+        if is_zip:  # its last two bytes are the length of its comment
+            file.seek(size - 2)
+            file.write(len(mark).to_bytes(2, "little") + mark)
+        elif kind in BINARY_KINDS:  # a box of ISO 14496-12: length, type, content
+            file.write((8 + len(mark)).to_bytes(4, "big") + b"free" + mark)
+        else:
+            file.seek(max(0, size - 1))
+            newline = file.read(1) == b"\n"
+            file.seek(size - newline)
+            file.write(mark + b"\n")
 
 
 def is_special(path: Path) -> bool:

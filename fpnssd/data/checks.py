@@ -392,11 +392,11 @@ def draw_report(report, path):
     for axis in (by_side, by_aspect):
         axis.set_xticks(axis.get_xticks(), minor=False)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    with atomic_write(path) as temporary:
+    with atomic_write(path, "picture") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def write_report(report, out):
     """check.json and check.png in the folder `out`."""
-    write_text(out / "check.json", json.dumps(report, indent=1))
+    write_text(out / "check.json", json.dumps(report, indent=1), "check")
     draw_report(report, out / "check.png")

@@ -113,7 +113,7 @@ def write_report(path, data_list, ranked, metrics):
         colours={"detection": ORANGE, "object": BLUE},
         today=date.today().isoformat(),
     )
-    write_text(path, html)
+    write_text(path, html, "report")
 
 
 def percent(value):

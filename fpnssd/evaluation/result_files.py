@@ -27,7 +27,7 @@ def write_coco(path, data_list, detections):
             box = [x0, y0, x1 - x0, y1 - y0]
             category_id = data_list.category_ids[label - 1]
             rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
-    write_text(path, json.dumps(rows))
+    write_text(path, json.dumps(rows), "COCO results")
 
 
 def write_voc(folder, data_list, detections, split):
@@ -35,6 +35,18 @@ def write_voc(folder, data_list, detections, split):
 
     DataError, with nothing written, if two classes have one file name (a/b and a:b).
     """
+    paths = voc_result_paths(folder, data_list, split)
+    lines = {label: [] for label in range(1, len(data_list.classes) + 1)}
+    for index, result in enumerate(detections):
+        name = Path(data_list.file_names[index]).stem
+        for (x0, y0, x1, y1), score, label in _rows(result):
+            lines[label].append(f"{name} {score:.6f} {x0 + 1:.3f} {y0 + 1:.3f} {x1:.3f} {y1:.3f}\n")
+    for path, label in paths.items():
+        write_text(path, "".join(lines[label]), "VOC results")
+
+
+def voc_result_paths(folder, data_list, split):
+    """{the path that write_voc writes: label} of each class."""
     paths = {}
     for label, name in enumerate(data_list.classes, start=1):
         path = Path(folder) / f"comp4_det_{split}_{file_name_of(name)}.txt"
@@ -42,13 +54,7 @@ def write_voc(folder, data_list, detections, split):
             first = data_list.classes[paths[path] - 1]
             raise DataError(f"classes {first!r} and {name!r} would both be {path}: rename one in {data_list.path}")
         paths[path] = label
-    lines = {label: [] for label in range(1, len(data_list.classes) + 1)}
-    for index, result in enumerate(detections):
-        name = Path(data_list.file_names[index]).stem
-        for (x0, y0, x1, y1), score, label in _rows(result):
-            lines[label].append(f"{name} {score:.6f} {x0 + 1:.3f} {y0 + 1:.3f} {x1:.3f} {y1:.3f}\n")
-    for path, label in paths.items():
-        write_text(path, "".join(lines[label]))
+    return paths
 
 
 def file_name_of(text):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from model import ModelConfig, priors_of
-from utils import InputError, hash_file
+from utils import EXPORT_KEY, InputError, hash_file
 
-CONFIG_KEY, SOURCE_KEY = "fpn_ssd", "fpn_ssd_source"  # keys of the files' own metadata
+CONFIG_KEY, SOURCE_KEY = "fpn_ssd", EXPORT_KEY  # keys of the files' own metadata
 SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # OpenVINO is the faster one on most CPUs, so it comes first
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # our names -> OpenVINO's
 

@@ -19,7 +19,7 @@ import torch
 
 from fpnssd.data.voc import VOC_CLASSES
 from model import FPNSSD, CheckpointError, ModelConfig, save_checkpoint
-from utils import InputError, error_message
+from utils import InputError, check_outputs, error_message
 
 PROJECT_CLASSES = {"SSD300", "FPNBase", "PredictionConvolutions"}  # from whatever module they were run in
 INERT_MODULES = ("torch.nn", "torch.optim", "torchvision.models")
@@ -39,10 +39,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("old", help="the original project's file")
     parser.add_argument("new", help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that this program did not write, too")
     args = parser.parse_args(argv)
     try:
+        check_outputs([("checkpoint", args.new)], [args.old], args.overwrite)
         model, said = convert(args.old)
-        save_checkpoint(args.new, model)
+        save_checkpoint(args.new, model, "checkpoint")
     except (InputError, OSError) as error:
         sys.exit(f"convert: {error_message(error)}")
     print(f"{args.old}: {said}")
