@@ -78,7 +78,7 @@ class YoloConfig:
             if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
                 where = path or self.root / place.replace("\\", "/")
                 raise DataError(f"{self.path} names {where}, which is neither a folder nor a text file")
-            if not any(_exists(folder / place) for folder in self.folders):
+            if not any(_exists(folder / text) for folder in self.folders for text in (place, place.replace("\\", "/"))):
                 print(f"note: {self.path} names {place}, which is not there: {path} is read in its place")
                 moved.append(path)
             if path.is_dir():
