@@ -1,5 +1,6 @@
 # make demo: detect, then draw, train, evaluate, detect.  make test: the tests.  Both need Python 3.10+ and nothing else.
 # make voc2012, make voc0712 (GPUS=8): the ResNet-50 recipes, from the download to the table.
+# CONSTRAINTS=constraints.txt installs the versions that were tested, PYTHON=python3.12 another Python (after make clean).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,16 +12,18 @@ GPUS ?= 1
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, or PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-.venv/installed: requirements.txt .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+install = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.venv/installed: requirements.txt $(CONSTRAINTS) .venv/bin/python
+	$(install) -r requirements.txt
 	@touch $@
 
-.venv/installed-demo: requirements-demo.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+.venv/installed-demo: pyproject.toml .venv/installed
+	$(install) -e '.[demo]'
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-app.txt requirements-deploy.txt .venv/installed-demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/installed-dev: pyproject.toml .venv/installed
+	$(install) -e '.[dev]'
 	@touch $@
 
 demo: .venv/installed-demo

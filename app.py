@@ -1,4 +1,4 @@
-"""A web page to try a detector in a browser, and an HTTP endpoint that returns JSON. Needs requirements-app.txt.
+"""A web page to try a detector in a browser, and an HTTP endpoint that returns JSON. Needs the extra `app`.
 
     python app.py --checkpoint runs/lite/best.pth.tar        # http://127.0.0.1:7860
     curl --data-binary @photo.jpg "http://127.0.0.1:7860/detect?min_score=0.3"

@@ -9,7 +9,7 @@
 
 What fp16 writes is a checkpoint without what resuming needs. The other files take uint8 images (B, 3, S, S), B as you
 like, and answer with offsets (B, P, 4) and logits (B, P, C + 1): preprocessing is inside, decoding is
-model.postprocess. They carry the classes and the configuration, and need requirements-deploy.txt.
+model.postprocess. They carry the classes and the configuration, and need the extra `deploy`: pip install -e '.[deploy]'
 """
 
 import argparse

@@ -168,7 +168,7 @@ def test_runtimes_that_are_not_installed(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert load_detector(folder / "small.pth.tar").about["runtime"] == "torch"
-    with pytest.raises(ValueError, match=r"onnxruntime is not installed: pip install -r requirements-deploy\.txt"):
+    with pytest.raises(ValueError, match=r"onnxruntime is not installed: pip install -e '\.\[deploy\]'"):
         load_detector(folder / "small.pth.tar", runtime="onnx")
 
 

@@ -1,6 +1,6 @@
 """A small HTTP server that is safe to leave open: whom it answers, what clients may send and keep, how it ends.
 
-Nothing here knows about pictures or detectors; app.py does. Needs requirements-app.txt.
+Nothing here knows about pictures or detectors; app.py does. Needs the extra `app` (pip install -e '.[app]').
 """
 
 import asyncio

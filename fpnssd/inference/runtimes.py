@@ -34,11 +34,11 @@ class Exported(NamedTuple):
 
 
 def import_optional(name: str) -> ModuleType:
-    """Imports a package of requirements-deploy.txt; InputError says how to install it."""
+    """Imports a package of the extra `deploy`; InputError says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(f"{name} is not installed: pip install -r requirements-deploy.txt") from None
+        raise InputError(f"{name} is not installed: pip install -e '.[deploy]'") from None
 
 
 def runtime_of(path: str | Path) -> str:
