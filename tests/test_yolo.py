@@ -353,7 +353,7 @@ def test_ids_that_count_from_another_number_are_refused(tmp_path, ids, names, sa
 def test_boxes_in_pixels_are_refused(tmp_path):
     arguments = write_yolo(tmp_path, {"a": "0 50 25 40 20\n1 10 10 20 20\n", "b": "0 0.5 0.5 0.2 0.2\n"})
     with pytest.raises(
-        SystemExit, match=r"train would lose 2 of its 3 objects.*: box not in 0\.\.1 \(2\), as in .*0 50 25"
+        SystemExit, match=r"train would lose 2 of its 3 objects.*: box in pixels, not in 0\.\.1 \(2\), as in .*0 50 25"
     ):
         main(arguments)
 

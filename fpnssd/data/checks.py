@@ -44,7 +44,7 @@ LEFT_OUT = {
     "object of an unknown class": "object left out",
     "object of an unknown image": "object left out",
     "object without a box": "object left out",
-    "box not in 0..1": "object left out",
+    "box in pixels, not in 0..1": "object left out",
     "label file without an image": "label file left out",
     "folder without label files": "images kept: they teach background",
 }

@@ -226,7 +226,7 @@ def read_record(image: Path, label_file: Path | None, root: Path, config: YoloCo
         if kind:
             record.problems.append(Problem(kind, said))
         if any(not OUT_OF_UNIT[0] <= edge <= OUT_OF_UNIT[1] for edge in box if edge == edge):
-            record.problems.append(Problem("box not in 0..1", said))
+            record.problems.append(Problem("box in pixels, not in 0..1", said))
         elif label in config.classes:
             record.objects.append(RawObject(config.classes[int(label)], box, text=f"{line[:80]!r}"))
         else:
