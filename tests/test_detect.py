@@ -172,7 +172,7 @@ def test_every_form_of_answer(folder, tmp_path, capsys):
     assert coco[0]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
     assert coco[0]["category_id"] == objects[0]["label"]
     # The XML is read back by the reader of annotations, which undoes VOC's counting from one.
-    (size, raw) = parse_voc_xml(tmp_path / "voc-xml" / "a.xml")
+    size, raw, _ = parse_voc_xml(tmp_path / "voc-xml" / "a.xml")
     assert size == (360, 480)
     assert [one.name for one in raw] == [one["name"] for one in objects]
     assert raw[0].box == pytest.approx(objects[0]["box"], abs=0.01)

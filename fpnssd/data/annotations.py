@@ -4,13 +4,19 @@ voc.py, coco.py and yolo.py read the three formats. A reader opens the splits' o
 parsed when its record is called.
 """
 
+import codecs
+import contextlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from fpnssd.data.images import DataError
+
+NOT_GIVEN = {"", "none", "null", "unspecified", "unknown"}  # None as a text, and what tools write for it
+_NOT_IN_XML = re.compile("[\x00-\x08\x0a-\x1f\ufffe\uffff]")
 
 
 class Problem(NamedTuple):
@@ -56,13 +62,15 @@ class SplitAnnotations:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Returns a UTF-8 text file's lines, stripped, without empty ones.
+    """Returns the lines of a text file in UTF-8, or in UTF-16 with its byte order mark, stripped, without empty ones.
 
     Raises:
-        DataError: it is no UTF-8.
+        DataError: the file is neither.
     """
+    content = Path(path).read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError:
         raise DataError(f"{path} is no UTF-8 text file", "annotation does not parse") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -71,3 +79,57 @@ def read_lines(path: str | Path) -> list[str]:
 def relative_path(path: Path, folder: Path) -> str:
     """The path seen from the folder, with forward slashes; one that is not below it starts with ../"""
     return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def name_problem(name: str) -> str | None:
+    """What keeps a file's or class's name out of UTF-8 text files and XML, or None."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return "has a control character" if _NOT_IN_XML.search(name) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values as the formats write them: numbers may be texts, and what is not given has several spellings
+
+
+def parse_number(value: object) -> float:
+    """A number, or a text that is one, as a float; NaN and infinity are numbers here.
+
+    Raises:
+        ValueError: anything else; booleans too.
+    """
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool) and "_" not in str(value):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    raise ValueError(f"{value!r:.80} is not a number")
+
+
+def parse_flag(value: object) -> bool | None:
+    """A flag: 1 or 0, true or false, also as texts. None, an empty text and "Unspecified" give None: it is not known.
+
+    Raises:
+        ValueError: anything else.
+    """
+    word = str(value).strip().lower()
+    if word in NOT_GIVEN:
+        return None
+    if word in ("true", "false"):
+        return word == "true"
+    with contextlib.suppress(ValueError):
+        if (number := parse_number(value)) in (0, 1):
+            return bool(number)
+    raise ValueError(f"{value!r:.80} is neither 0 nor 1, true nor false")
+
+
+def parse_size(height: object, width: object) -> tuple[float, float] | None:
+    """(height, width) of an image; None where either is missing, empty, 0 or negative, as some tools write it.
+
+    Raises:
+        ValueError: either is something else than a number.
+    """
+    if any(str(side).strip().lower() in NOT_GIVEN for side in (height, width)):
+        return None
+    size = parse_number(height), parse_number(width)
+    return None if min(size) <= 0 else size

@@ -17,7 +17,7 @@ import torch
 from PIL import ImageOps
 from torchvision.ops import box_convert, box_iou
 
-from fpnssd.data.annotations import Problem
+from fpnssd.data.annotations import Problem, name_problem
 from fpnssd.data.images import DataError, open_image, to_rgb
 from model import ModelConfig, make_priors
 from utils import atomic_write, write_text
@@ -27,8 +27,10 @@ LEFT_OUT = {
     "annotation missing": "image left out",
     "annotation does not parse": "image left out",
     "annotation with entities": "image left out",
+    "annotation of another format": "image left out",
     "annotation incomplete": "image left out",
     "number unreadable": "image left out",
+    "file name unusable": "image left out",
     "image missing": "image left out",
     "image outside the image folder": "image left out",
     "file is no image": "image left out",
@@ -54,6 +56,8 @@ REPAIRED = {
     "EXIF rotation applied": "boxes are those of the turned image",
     "polygon instead of a box": "its enclosing box",
     "label files in two places differ": "the first is read",
+    "flag unreadable": "object kept, the flag is taken as not set",
+    "area unusable": "the box's area is used",
 }
 NOTED = {
     "EXIF rotation not applied": "the annotation's size is that of the image as stored",
@@ -112,6 +116,8 @@ def check_image(record, image_root, image_size=300):
     problems = list(record.problems)
     path = image_root / record.file_name
     try:
+        if problem := name_problem(record.file_name):
+            raise DataError(f"image {path}: its name {problem}: rename it", "file name unusable")
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(image_root)):
             raise DataError(f"{path} is not below {image_root}", "image outside the image folder")
         with open_image(path) as image:

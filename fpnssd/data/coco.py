@@ -1,14 +1,106 @@
-"""COCO's form: one JSON file a split, with images, annotations and categories."""
+"""Reads data sets in COCO's format: one JSON file a split, with images, annotations and categories.
+
+read_coco(["train.json"], ["train"], ["train2017"])  # ([SplitAnnotations], {category name: id})
+"""
 
 import json
+import math
+import posixpath
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations
+from fpnssd.data.annotations import (
+    Problem,
+    RawObject,
+    Record,
+    SplitAnnotations,
+    name_problem,
+    parse_flag,
+    parse_number,
+    parse_size,
+)
 from fpnssd.data.images import DataError
 
+SAMPLED_IMAGES = 50  # that are looked for in a folder before it is taken for the images' folder
 
-def read_coco(files, names, image_folders=None):
-    """(a Found for each COCO JSON file, {category name: id}); image_folders: one for all, or one for each."""
+
+@dataclass
+class CocoFile:
+    """A COCO file's split and categories; whether a category is a class shows in all files together."""
+
+    path: Path
+    split: SplitAnnotations
+    categories: dict[int | str, dict]  # id -> the file's entry, its name a text
+    used: set[int | str] = field(default_factory=set)  # ids of categories that have annotations
+
+
+def read_coco_json(path: Path) -> dict[str, Any]:
+    """Reads a COCO file's lists of images, annotations and categories, each of dicts, and its `info`, a dict.
+
+    The file may be in UTF-8, -16 or -32, with or without a byte order mark, and have no annotations.
+
+    Raises:
+        DataError: the file is no JSON, or one of these is something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
+    except RecursionError:
+        raise DataError(f"{path} is no COCO JSON file: it nests too deep") from None
+    except ValueError as error:  # of the JSON, or of its encoding
+        raise DataError(f"{path} is no COCO JSON file ({type(error).__name__}: {error!s:.200})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is no COCO JSON file: it holds a {type(content).__name__}, not images and categories")
+    parts: dict[str, Any] = {"info": content["info"] if isinstance(content.get("info"), dict) else {}}
+    for key in ("images", "annotations", "categories"):
+        part = content.get(key)
+        if part is None and key == "annotations":
+            part = []
+        if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
+            problem = f"has no {key}" if key not in content else f"has {key} that are no list of objects"
+            raise DataError(f"{path} is no COCO JSON file: it {problem}")
+        parts[key] = part
+    return parts
+
+
+def parse_id(value: object) -> int | str:
+    """An id such that 1, 1.0 and "1" are the same; other texts, "007" among them, stay what they are.
+
+    Raises:
+        ValueError: the value is neither text nor a whole number of 64 bits.
+    """
+    if isinstance(value, str):
+        plain = re.sub(r"\.0+$", "", value.strip())
+        return int(plain) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", plain) else value
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(number, bool) or not isinstance(number, int) or not -(2**63) <= number < 2**63:
+        raise ValueError(f"the id {value!r:.80}, which is neither a whole number nor a text")
+    return number
+
+
+def read_coco(
+    files: Sequence[str | Path], names: Sequence[str], image_folders: Sequence[str | Path] | None = None
+) -> tuple[list[SplitAnnotations], dict[str, int]]:
+    """Reads one COCO file for each split.
+
+    Args:
+        files: the JSON files.
+        names: the splits, one for each file.
+        image_folders: one for all files or one for each. If not given, the images are looked for beside the file, and
+            where COCO's, CVAT's and other tools' exports have them.
+
+    Returns:
+        The splits, and the categories of all files: {name: id}. Roboflow's root category is none of them.
+
+    Raises:
+        DataError: numbers of files and names or folders differ, a file is no COCO JSON, or two categories conflict.
+    """
     if len(files) != len(names):
         raise DataError(f"--coco has {len(files)} files for {len(names)} --splits: name one for each")
     if image_folders and len(image_folders) not in (1, len(files)):
@@ -16,66 +108,228 @@ def read_coco(files, names, image_folders=None):
     folders = list(image_folders or [None])
     if len(folders) == 1:
         folders *= len(files)
-    known, found = {}, []
-    for path, name, folder in zip(files, names, folders, strict=True):
+    read = [
+        read_coco_file(Path(path), name, None if folder is None else Path(folder))
+        for path, name, folder in zip(files, names, folders, strict=True)
+    ]
+    return [file.split for file in read], merge_categories(read)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Categories
+
+
+def read_categories(path: Path, entries: list[dict]) -> dict[int | str, dict]:
+    """{id: entry} of a file's categories, their names as texts; DataError where one has no id or name."""
+    categories = {}
+    for entry in entries:
+        name = entry.get("name")
+        if isinstance(name, int | float) and not isinstance(name, bool):
+            name = str(name)
+        if not isinstance(name, str) or not name.strip() or (problem := name_problem(name)):
+            why = f" {problem}" if isinstance(name, str) and name.strip() else " is no name of a class"
+            raise DataError(f"{path} is no COCO JSON file: category {entry.get('id')!r:.80}: {name!r:.80}{why}")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            part, categories = read_coco_file(Path(path), content, name, folder)
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing") from None
-        except DataError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no COCO JSON file ({type(error).__name__}: {error})") from error
-        for category, category_id in categories.items():
-            other = next((name for name, one in known.items() if one == category_id and name != category), None)
-            if other is not None:
-                raise DataError(
-                    f"{path} gives category {category!r} the id that {files[0]} gives {other!r}: {category_id}"
-                )
-            if known.setdefault(category, category_id) != category_id:
-                raise DataError(
-                    f"{path} gives category {category!r} the id {category_id}, {files[0]} {known[category]}"
-                )
-        found.append(part)
-    return found, known
+            category_id = parse_id(entry.get("id"))
+        except ValueError as error:
+            raise DataError(f"{path} is no COCO JSON file: category {name!r:.80} has {error}") from None
+        if category_id in categories:
+            raise DataError(f"{path} gives two categories the same id {category_id!r}")
+        categories[category_id] = {**entry, "name": name.strip()}
+    return categories
 
 
-def read_coco_file(path, content, split, folder):
-    """(Found, {category name: id}) of one file's content."""
-    name_of = {category["id"]: category["name"] for category in content["categories"]}
-    if len(name_of) < len(content["categories"]) or len(set(name_of.values())) < len(name_of):
-        raise DataError(f"{path} gives two categories the same id or name")
-    root = folder or path.parent / content.get("info", {}).get("image_root", ".")
-    records = {}
-    for image in content["images"]:
-        size = (image["height"], image["width"]) if "height" in image and "width" in image else None
-        if size and not all(isinstance(side, int | float) for side in size):
-            raise DataError(f"{path}: image {image['id']!r} has a size that is no number: {size[1]!r} x {size[0]!r}")
-        record = Record(image["file_name"], str(path), [], size, image_id=image["id"])
-        if records.setdefault(image["id"], record) is not record:
-            raise DataError(f"{path} gives two images the id {image['id']!r}")
-    found = SplitAnnotations(split, Path(root), [])
-    for entry in content.get("annotations", []):
-        said = f"{path}: annotation {entry.get('id')}"
-        record, name = records.get(entry.get("image_id")), name_of.get(entry.get("category_id"))
-        box = entry.get("bbox") or ()
-        if record is None:
-            found.problems.append(
-                Problem("object of an unknown image", f"{said} names image {entry.get('image_id')!r}")
-            )
-        elif name is None:
-            problem = Problem("object of an unknown class", f"{said}: category {entry.get('category_id')!r}")
-            found.problems.append(problem)
-        elif len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
-            found.problems.append(Problem("object without a box", f"{said} has the box {entry.get('bbox')!r}"))
-        else:
-            x, y, width, height = box
-            flags = bool(entry.get("difficult", 0)), bool(entry.get("iscrowd", 0))
-            truncated = None if entry.get("truncated") is None else bool(entry["truncated"])
-            edges = (x, y, x + width, y + height)
-            record.objects.append(RawObject(name, edges, *flags, entry.get("area"), said, truncated))
-    found.records = [lambda record=record: record for record in records.values()]
-    if not found.records:
+def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
+    """{name: id} of the categories of all files.
+
+    A category that no file has an object of, and that another one names as its supercategory, is a group and no class:
+    Roboflow writes the project's name as category 0. Where ids are no whole numbers from 0, classes get 1..C.
+
+    Raises:
+        DataError: two categories of a file have one name, or files give one name two ids or one id two names.
+    """
+    used = set().union(*(file.used for file in files))
+    ids: dict[str, int | str] = {}
+    names: dict[int | str, str] = {}
+    for file in files:
+        in_file = set()
+        for category_id, entry in file.categories.items():
+            name = entry["name"]
+            children = (other for other_id, other in file.categories.items() if other_id != category_id)
+            if category_id not in used and any(child.get("supercategory") == name for child in children):
+                print(f"note: {file.path}: category {name!r} is a group of the others, and no class", file=sys.stderr)
+                continue
+            if name in in_file:
+                raise DataError(f"{file.path} gives two categories the same name {name!r}: {ids[name]}, {category_id}")
+            in_file.add(name)
+            if names.setdefault(category_id, name) != name:
+                raise DataError(
+                    f"{file.path} gives category {name!r} the id that {files[0].path} gives "
+                    f"{names[category_id]!r}: {category_id}"
+                )
+            if ids.setdefault(name, category_id) != category_id:
+                raise DataError(
+                    f"{file.path} gives category {name!r} the id {category_id}, {files[0].path} {ids[name]}"
+                )
+    if not ids:
+        raise DataError(f"{files[0].path} names no category: which classes are there?")
+    whole = {
+        name: category_id for name, category_id in ids.items() if isinstance(category_id, int) and category_id >= 0
+    }
+    return whole if len(whole) == len(ids) else {name: label for label, name in enumerate(ids, start=1)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and annotations
+
+
+def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
+    """Reads a COCO file's images with their objects; DataError names the file and what is wrong with it."""
+    content = read_coco_json(path)
+    categories = read_categories(path, content["categories"])
+    problems: list[Problem] = []
+    records = read_images(path, content["images"], problems)
+    if not records:
         raise DataError(f"split {split!r} is empty: {path} lists no image")
-    return found, {name: category_id for category_id, name in name_of.items()}
+    unique = list({id(record): record for record in records.values()}.values())
+    root = folder or find_image_root(path, split, content["info"].get("image_root"), unique)
+    file = CocoFile(path, SplitAnnotations(split, root, [], problems), categories)
+    for entry in content["annotations"]:
+        text = f"{path}: annotation {entry.get('id')!r:.80}"
+        record = look_up(records, entry.get("image_id"))
+        category = look_up(categories, entry.get("category_id"))
+        if record is None:
+            problems.append(Problem("object of an unknown image", f"{text} names image {entry.get('image_id')!r:.80}"))
+        elif category is None:
+            problems.append(Problem("object of an unknown class", f"{text}: category {entry.get('category_id')!r:.80}"))
+        else:
+            file.used.add(parse_id(entry["category_id"]))
+            if (one := read_object(entry, category["name"], text, problems)) is not None:
+                record.objects.append(one)
+    file.split.records = [partial(with_file_name, record, root) for record in unique]
+    return file
+
+
+def look_up(table: dict, key: object) -> Any:
+    """The entry of an id, None where there is no such."""
+    try:
+        return table.get(parse_id(key))
+    except ValueError:
+        return None
+
+
+def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dict[int | str, Record]:
+    """{id: Record} of a file's images; two ids of one file name share a record. DataError where one is unusable."""
+    records: dict[int | str, Record] = {}
+    by_name: dict[str, Record] = {}
+    for entry in entries:
+        name = entry.get("file_name")
+        if not isinstance(name, str) or not name:
+            shown = "no file_name" if name is None else f"the file_name {name!r:.80}, which is no text"
+            raise DataError(f"{path} is no COCO JSON file: image {entry.get('id')!r:.80} has {shown}")
+        try:
+            image_id = parse_id(entry.get("id"))
+        except ValueError as error:
+            raise DataError(f"{path} is no COCO JSON file: image {name!r:.80} has {error}") from None
+        if image_id in records:
+            raise DataError(f"{path} gives two images the id {image_id!r}")
+        try:
+            size = parse_size(entry.get("height"), entry.get("width"))
+        except ValueError:
+            sides = f"{entry['width']!r:.80} x {entry['height']!r:.80}"
+            raise DataError(f"{path}: image {image_id!r} has a size that is no number: {sides}") from None
+        # A text stays one: results have to name the image as the file does.
+        written_id = entry["id"] if isinstance(entry["id"], str) else image_id
+        record = Record(name, str(path), [], size, image_id=written_id)
+        records[image_id] = by_name.setdefault(posixpath.normpath(name), record)
+        if records[image_id] is not record:
+            where = f"{path}: {name} is image {records[image_id].image_id!r} and {written_id!r}"
+            problems.append(Problem("image named twice", where))
+    return records
+
+
+def with_file_name(record: Record, root: Path) -> Record:
+    """The record; a file name with Windows' backslashes gets slashes where no such file is there."""
+    if "\\" in record.file_name and not (root / record.file_name).exists():
+        record.file_name = record.file_name.replace("\\", "/")
+    return record
+
+
+def find_image_root(path: Path, split: str, image_root: object, records: Sequence[Record]) -> Path:
+    """The folder from which a file names its images.
+
+    The file's own `info.image_root` comes first, as data lists have it. Then folders are looked at in which tools put
+    the images: beside the file, beside its folder, in `images`, `data`, or a folder called like the split.
+
+    Raises:
+        DataError: no image of a sample is in any of them.
+    """
+    subset = path.stem.partition("_")[2] or path.stem  # of instances_train2017.json: train2017
+    below = ("", "images", "data", subset, split, f"images/{subset}", f"images/{split}")
+    folders = [folder / part for folder in (path.parent, path.parent.parent) for part in below]
+    if isinstance(image_root, str):
+        folders.insert(0, path.parent / image_root)
+    sample = records[:: max(1, len(records) // SAMPLED_IMAGES)]
+
+    def count(folder: Path) -> int:
+        names = (record.file_name.replace("\\", "/") for record in sample)
+        return sum((folder / name).is_file() for name in names)
+
+    best = max(folders, key=count)
+    if count(best) == 0:
+        looked = ", ".join(dict.fromkeys(str(folder) for folder in folders[:3]))
+        raise DataError(
+            f"no image of {path} can be found, such as {sample[0].file_name:.200}: it is not in {looked} or the like. "
+            "Name the images' folder with --images",
+            "image missing",
+        )
+    return best
+
+
+def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> RawObject | None:
+    """The object of an annotation, None where it has no box; what is wrong is appended to `problems`."""
+    box, segmentation = entry.get("bbox"), entry.get("segmentation")
+    try:
+        x, y, width, height = (parse_number(edge) for edge in (box if isinstance(box, list) else ()))
+        edges = (x, y, x + width, y + height)
+    except ValueError:
+        edges = None if box else enclosing_box(segmentation)
+        if edges is None:
+            mask = isinstance(segmentation, dict) and not box
+            why = "a mask as its segmentation and no bbox" if mask else f"the box {box!r:.200}"
+            problems.append(Problem("object without a box", f"{text} has {why}"))
+            return None
+        problems.append(Problem("polygon instead of a box", text))
+    flags = {}
+    for flag in ("difficult", "iscrowd", "truncated"):
+        try:
+            flags[flag] = parse_flag(entry.get(flag))
+        except ValueError as error:
+            problems.append(Problem("flag unreadable", f"{text}: {flag} {error}"))
+            flags[flag] = None
+    area = None
+    if str(entry.get("area", "")).strip() not in ("", "None"):
+        try:
+            area = parse_number(entry["area"])
+        except ValueError:
+            area = math.nan
+        if not (math.isfinite(area) and area > 0):
+            problems.append(Problem("area unusable", f"{text} has the area {entry['area']!r:.80}"))
+            area = None
+    difficult, crowd = bool(flags["difficult"]), bool(flags["iscrowd"])
+    return RawObject(name, edges, difficult, crowd, area, text, flags["truncated"])
+
+
+def enclosing_box(segmentation: object) -> tuple[float, float, float, float] | None:
+    """xyxy around COCO's polygons: [x, y, x, y, ...], or a list of such or of [x, y] pairs; None for anything else."""
+    if not isinstance(segmentation, list):
+        return None
+    parts = segmentation if all(isinstance(part, list) for part in segmentation) else [segmentation]
+    try:
+        numbers = [parse_number(number) for part in parts for number in part]
+    except ValueError:
+        return None
+    if len(numbers) < 6 or any(len(part) % 2 for part in parts) or not all(map(math.isfinite, numbers)):
+        return None
+    xs, ys = numbers[::2], numbers[1::2]
+    return min(xs), min(ys), max(xs), max(ys)

@@ -6,10 +6,13 @@ import pickle
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from fpnssd.data.annotations import parse_flag
+from fpnssd.data.coco import read_coco_json
 from fpnssd.data.images import DataError, read_image
 from utils import atomic_write, hash_file
 
@@ -156,15 +159,29 @@ class DataList:
     @classmethod
     def _from_json(cls, path, images=None):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls._from_coco(path, content, images)
+            return cls.from_coco(path, read_coco_json(path), images)
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise DataError(f"{path} is no COCO JSON data list ({type(error).__name__}: {error})") from error
 
     @classmethod
-    def _from_coco(cls, path, content, images):
+    def from_coco(cls, path: Path, content: dict[str, Any], images: str | Path | None = None) -> "DataList":
+        """Makes a data list of a COCO file's content.
+
+        Args:
+            path: where the content is, for messages and for a relative `image_root`.
+            content: with `images`, `annotations`, `categories` and `info`, as `create_data_lists.to_coco` makes it.
+            images: overrides info.image_root.
+
+        Raises:
+            DataError: an id is unknown or there twice, a box is empty or leaves its image, a name or id is unusable.
+            Exception: KeyError, TypeError, ValueError and the like where the content has another form; load() turns
+                them into a DataError.
+        """
+        for category in content["categories"]:
+            if type(category["id"]) is not int or category["id"] < 0 or not isinstance(category["name"], str):
+                raise DataError(f"{path}: category {category} has to have a whole number from 0 as its id, and a name")
         category_ids = tuple(category["id"] for category in content["categories"])
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
         row_of = {image["id"]: row for row, image in enumerate(content["images"])}
@@ -177,7 +194,7 @@ class DataList:
                     raise DataError(f"{path}: annotation {entry.get('id')} names {key} {entry[key]!r}, not in the file")
         rows = np.fromiter((row_of[entry["image_id"]] for entry in objects), np.int64, len(objects))
         order = np.argsort(rows, kind="stable")
-        boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)[order]
+        boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(len(objects), 4)[order]
         boxes[:, 2:] += boxes[:, :2]
         sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int32).reshape(-1, 2)
         limits = sizes[rows[order]][:, [1, 0, 1, 0]]  # (n, 4): width, height, width, height
@@ -197,22 +214,23 @@ class DataList:
         box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         areas = column((entry.get("area", np.nan) for entry in objects), np.float32)
         areas = np.where(np.isnan(areas), box_areas, areas)
-        truncated = column((entry.get("truncated", -1) for entry in objects), np.int8)
+        truncated = (parse_flag(entry.get("truncated")) for entry in objects)
+        truncated = column((-1 if flag is None else flag for flag in truncated), np.int8)
         return cls(
             path=str(path),
             # An image root that is no absolute path is meant from where the list lies.
-            image_root=Path(images) if images else path.parent / content.get("info", {}).get("image_root", "."),
+            image_root=Path(images) if images else path.parent / content["info"].get("image_root", "."),
             classes=tuple(category["name"] for category in content["categories"]),
             category_ids=category_ids,
             file_names=Strings.of([image["file_name"] for image in content["images"]]),
             image_ids=np.array(image_ids, dtype=np.int64) if whole else Strings.of(map(str, image_ids)),
             sizes=sizes,
-            apply_exif=np.array([image.get("apply_exif", False) for image in content["images"]], dtype=bool),
+            apply_exif=np.array([bool(parse_flag(i.get("apply_exif"))) for i in content["images"]], dtype=bool),
             first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
             boxes=boxes,
             labels=column((label_of[entry["category_id"]] for entry in objects), np.int32),
-            difficult=column((entry.get("difficult", 0) for entry in objects), bool),
-            crowd=column((entry.get("iscrowd", 0) for entry in objects), bool),
+            difficult=column((bool(parse_flag(entry.get("difficult"))) for entry in objects), bool),
+            crowd=column((bool(parse_flag(entry.get("iscrowd"))) for entry in objects), bool),
             areas=None if np.allclose(areas, box_areas, rtol=1e-3) else areas,
             truncated=truncated if (truncated >= 0).any() else None,
         )

@@ -1,16 +1,36 @@
-"""PASCAL VOC's form: a folder with Annotations/NAME.xml, ImageSets/Main/SPLIT.txt and JPEGImages/NAME.jpg."""
+"""Reads data sets in PASCAL VOC's format.
 
+    read_voc(["VOCdevkit/VOC2012"], "train")  # a SplitAnnotations
+
+A VOC folder holds Annotations/NAME.xml, JPEGImages/NAME.jpg (or another image ending) and ImageSets/Main/SPLIT.txt, the
+names of a split's images. Roboflow's export is read too: a folder SPLIT with XML files beside the images.
+"""
+
+import codecs
 import os
+import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import defusedxml.ElementTree as ElementTree
 from defusedxml import DefusedXmlException
 from torchvision.datasets import VOCDetection
 
-from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, read_lines, relative_path
-from fpnssd.data.images import DataError
+from fpnssd.data.annotations import (
+    Problem,
+    RawObject,
+    Record,
+    SplitAnnotations,
+    parse_flag,
+    parse_number,
+    parse_size,
+    read_lines,
+    relative_path,
+)
+from fpnssd.data.images import DataError, is_image_name
 
 # fmt: off
 VOC_CLASSES = (
@@ -19,108 +39,276 @@ VOC_CLASSES = (
 )
 # fmt: on
 
-VOC_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 DOWNLOADS = {"voc2007": ("trainval", "test"), "voc2012": ("trainval",)}  # the image sets that have archives
+COMMON_ENDINGS = (".jpg", ".jpeg", ".png")  # of several files with one name the first of these is taken
 
 
-def read_voc(folders, name, unlabelled=False):
-    """The images of ImageSets/Main/NAME.txt in VOC folders, those that have it; unlabelled: some have no annotation."""
-    folders = [Path(folder) for folder in folders]
-    for folder in folders:
-        for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
-            if not (folder / part).is_dir():
-                raise DataError(f"{folder} is no VOC folder: it has no {part}")
-    split_files = [folder / "ImageSets" / "Main" / f"{name}.txt" for folder in folders]
-    if not any(file.is_file() for file in split_files):
-        there = sorted({file.stem for split_file in split_files for file in split_file.parent.glob("*.txt")})
-        raise DataError(f"no split {name!r}: {split_files[0]} is missing; splits there: {', '.join(there) or 'none'}")
-    # One folder's photographs lie in it; several folders' are named from where they all lie.
-    image_root = folders[0] / "JPEGImages"
-    if len(folders) > 1:
-        folders = [folder.resolve() for folder in folders]
-        try:
-            image_root = Path(os.path.commonpath(folders))
-        except ValueError:  # Windows
-            raise DataError(f"{folders[0]} and the other folders have to be on one drive") from None
-    found = SplitAnnotations(name, image_root, [])
-    for folder, split_file in zip(folders, split_files, strict=True):
-        if not split_file.is_file():
-            print(f"note: {folder} has no split {name!r}")
+# ---------------------------------------------------------------------------------------------------------------------
+# Which images a split has
+
+
+class VocFolder:
+    """Where a VOC folder keeps the annotations and images of a split.
+
+    Args:
+        folder: the VOC folder.
+        split: the split's name.
+
+    Raises:
+        DataError: the folder has neither VOC's layout nor a folder of the split's name with XML files.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        self.folder, self.split = folder, split
+        self.annotations, self.images = folder / "Annotations", folder / "JPEGImages"
+        self.split_file = folder / "ImageSets" / "Main" / f"{split}.txt"
+        self._files: dict[str, dict[str, Path]] = {}  # folder -> image files by their names with and without ending
+        self.flat = not self.annotations.exists() and any((folder / split).glob("*.xml"))
+        if self.flat:
+            self.annotations = self.images = folder / split
+        for part in () if self.flat else (self.annotations, self.split_file.parent, self.images):
+            if not part.is_dir():
+                raise DataError(f"{folder} is no VOC folder: it has no {part.relative_to(folder).as_posix()}")
+
+    def has_split(self) -> bool:
+        return self.flat or self.split_file.is_file()
+
+    def names(self) -> list[str]:
+        """The split's images, without endings, as the split file orders them."""
+        if self.flat:
+            files = (file for file in self.images.iterdir() if file.suffix.lower() == ".xml" or is_image_name(file))
+            return sorted({file.stem for file in files if not file.name.startswith("._")})
+        return [self.name_in(line) for line in read_lines(self.split_file)]
+
+    def name_in(self, line: str) -> str:
+        """The image name in a line of a split file, without ending.
+
+        VOC's lists of one class have a flag behind the name. Other people's names contain blanks, or are in quotes, or
+        have an ending or a folder. The first reading counts for which there is an annotation, or else an image.
+        """
+        readings = []
+        for part in (line, re.sub(r"\s+-?[01]$", "", line), line.split()[0]):
+            unquoted = part.strip("\"'").strip().replace("\\", "/")
+            readings += [part, unquoted, without_image_ending(unquoted)]
+        usual = readings[5]
+        readings += [os.path.basename(reading) for reading in readings]
+        for reading in readings:
+            if (self.annotations / f"{reading}.xml").is_file():
+                return reading
+        images = (reading for reading in readings if self.find_image(reading) is not None)
+        return without_image_ending(next(images, usual))
+
+    def find_image(self, name: str) -> Path | None:
+        """The image file of this name; an ending may be missing, or be in capitals."""
+        folder, name = os.path.split(self.images / name)
+        if folder not in self._files:
+            self._files[folder] = images_by_name(folder)
+        return self._files[folder].get(name)
+
+
+def without_image_ending(name: str) -> str:
+    return os.path.splitext(name)[0] if is_image_name(name) else name
+
+
+def images_by_name(folder: str) -> dict[str, Path]:
+    """The image files in a folder, by their names without ending and by their whole names; {} if there is no such."""
+    try:
+        entries = [Path(folder, entry) for entry in os.listdir(folder) if is_image_name(entry)]
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return {}
+    rank = {ending: place for place, ending in enumerate(COMMON_ENDINGS)}
+    entries.sort(key=lambda path: (rank.get(path.suffix.lower(), len(rank)), path.name))
+    return {path.stem: path for path in reversed(entries)} | {path.name: path for path in entries}
+
+
+def read_voc(folders: Iterable[str | Path], name: str, unlabelled: bool = False) -> SplitAnnotations:
+    """Reads which images a split has in one or several VOC folders.
+
+    Args:
+        folders: VOC folders. Those without the split are passed over with a note.
+        name: the split, as in ImageSets/Main/NAME.txt.
+        unlabelled: images may lack an annotation, as in VOC's test sets; they have no objects.
+
+    Returns:
+        The split. Its records parse the XML files when called.
+
+    Raises:
+        DataError: a folder is no VOC folder, none has the split, or it is empty.
+    """
+    sources = [VocFolder(Path(folder), name) for folder in folders]
+    if not any(source.has_split() for source in sources):
+        there = sorted({file.stem for source in sources for file in source.split_file.parent.glob("[!.]*.txt")})
+        missing = sources[0].split_file
+        raise DataError(f"no split {name!r}: {missing} is missing; splits there: {', '.join(there) or 'none'}")
+    split = SplitAnnotations(name, common_image_root(sources), [])
+    for source in sources:
+        if not source.has_split():
+            print(f"note: {source.folder} has no split {name!r}")
             continue
-        # VOC's lists of one class have a flag behind the name; other people's names have spaces.
-        lines = read_lines(split_file)
-        names = [line if is_name(folder, line) else line.split()[0] for line in lines]
-        for image_name, count in Counter(names).items():
+        for image_name, count in Counter(source.names()).items():
             if count > 1:
-                found.problems.append(Problem("image named twice", f"{split_file} names {image_name} {count} times"))
-            found.records.append(partial(read_voc_record, folder, image_name, image_root, unlabelled))
-    if not found.records:
-        raise DataError(f"split {name!r} is empty: {split_files[0]} names no image")
-    return found
+                where = f"{source.split_file} names {image_name} {count} times"
+                split.problems.append(Problem("image named twice", where))
+            split.records.append(partial(read_voc_record, source, image_name, split.image_root, unlabelled))
+    if not split.records:
+        raise DataError(f"split {name!r} is empty: {sources[0].split_file} names no image")
+    return split
 
 
-def is_name(folder, line):
-    """Whether a whole line of an image set is a name, of an annotation or an image."""
-    if (folder / "Annotations" / f"{line}.xml").is_file():
-        return True
-    return any((folder / "JPEGImages" / f"{line}{ending}").is_file() for ending in VOC_ENDINGS)
+def common_image_root(sources: Sequence[VocFolder]) -> Path:
+    """The folder from which a list names images: one VOC folder's JPEGImages, or where several folders all lie."""
+    if len(sources) == 1:
+        return sources[0].images
+    for source in sources:
+        source.images, source.annotations = source.images.resolve(), source.annotations.resolve()
+    try:
+        return Path(os.path.commonpath([source.folder.resolve() for source in sources]))
+    except ValueError:  # Windows
+        raise DataError(f"{sources[0].folder} and the other folders have to be on one drive") from None
 
 
-def read_voc_record(folder, image_name, image_root, unlabelled=False):
-    """A Record of Annotations/NAME.xml and the image of the same name; DataError names what is wrong."""
-    annotation = folder / "Annotations" / f"{image_name}.xml"
-    without = unlabelled and not annotation.exists()
-    size, objects = (None, []) if without else parse_voc_xml(annotation)
-    # By the split's own name for it: <filename> is often wrong in folders that somebody renamed.
-    stem = folder / "JPEGImages" / image_name
-    path = next((path for ending in VOC_ENDINGS if (path := Path(f"{stem}{ending}")).is_file()), None)
+def read_voc_record(source: VocFolder, name: str, image_root: Path, unlabelled: bool = False) -> Record:
+    """Reads Annotations/NAME.xml and finds the image of the same name.
+
+    Its <filename> is not looked at: it is often wrong in folders that somebody renamed.
+
+    Raises:
+        DataError: the image is missing, or the annotation is missing or unusable.
+    """
+    annotation = source.annotations / f"{name}.xml"
+    record = Record("", str(annotation), [])
+    if not unlabelled or annotation.exists():
+        record.size, record.objects, record.problems = parse_voc_xml(annotation)
+    path = source.find_image(name)
     if path is None:
-        raise DataError(f"{stem} with any of {', '.join(VOC_ENDINGS)}", "image missing")
-    return Record(relative_path(path, image_root), str(annotation), objects, size)
+        endings = ", ".join((*COMMON_ENDINGS, "or any other image ending"))
+        raise DataError(f"{source.images / name} with any of {endings}", "image missing")
+    record.file_name = relative_path(path, image_root)
+    return record
 
 
-def parse_voc_xml(path):
-    """((height, width) or None, RawObjects) of a VOC annotation; DataError names the file and what is wrong with it.
+# ---------------------------------------------------------------------------------------------------------------------
+# One XML file
+
+
+def parse_voc_xml(path: Path) -> tuple[tuple[float, float] | None, list[RawObject], list[Problem]]:
+    """Parses a VOC annotation.
 
     VOC's boxes are 1-based and inclusive: xmin-1, ymin-1, xmax, ymax are the continuous edges.
+
+    Returns:
+        (height, width), None where it is not given; the objects; and problems with them.
+
+    Raises:
+        DataError: the file is missing, does not parse, is not VOC's, or an object lacks its class or a number.
     """
-    try:
-        root = ElementTree.parse(path).getroot()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing", "annotation missing") from None
-    except DefusedXmlException as error:
-        raise DataError(f"{path} is refused: {error}", "annotation with entities") from None
-    except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{path} does not parse: {error!s:.200}", "annotation does not parse") from None
-
-    def number(element, tag):
-        text = element.findtext(tag)
-        try:
-            return float(text)
-        except (TypeError, ValueError):
-            raise DataError(f"{path}: <{tag}> is {text!r}, not a number", "number unreadable") from None
-
-    size = root.find("size")
-    objects = []
+    root = parse_xml(path)
+    require_voc(root, path)
+    size = None if root.find("size") is None else parse_size_element(root.find("size"), path)
+    objects, problems = [], []
     for element in root.findall("object"):
         box, name = element.find("bndbox"), (element.findtext("name") or "").strip()
         if box is None or not name:
             lacking = "<bndbox>" if box is None else "<name>"
             raise DataError(f"{path}: an <object> without {lacking}", "annotation incomplete")
-        xmin, ymin, xmax, ymax = (number(box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
+        xmin, ymin, xmax, ymax = (read_number(box, tag, path) for tag in ("xmin", "ymin", "xmax", "ymax"))
         # xmax == xmin is one pixel to VOC, which has no such box, and nothing to tools with exclusive corners.
         edges = (xmin - (xmax > xmin), ymin - (ymax > ymin), xmax, ymax)
-        difficult = (element.findtext("difficult") or "0").strip() == "1"
-        truncated = {"0": False, "1": True}.get((element.findtext("truncated") or "").strip())
-        said = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
-        objects.append(RawObject(name, edges, difficult, text=said, truncated=truncated))
-    return None if size is None else (number(size, "height"), number(size, "width")), objects
+        flags = {}
+        for flag in ("difficult", "crowd", "truncated"):
+            try:
+                flags[flag] = parse_flag(element.findtext(flag))
+            except ValueError as error:
+                problems.append(Problem("flag unreadable", f"{path}: {name}: <{flag}> {error}"))
+                flags[flag] = None
+        text = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
+        difficult, crowd = bool(flags["difficult"]), bool(flags["crowd"])
+        objects.append(RawObject(name, edges, difficult, crowd, text=text, truncated=flags["truncated"]))
+    return size, objects, problems
 
 
-def download_voc(name, root):
-    """Fetches and unpacks a VOC year below `root` with torchvision, checksums checked; returns its folder.
+def parse_xml(path: Path) -> Element:
+    """The root of an XML file, in any encoding that Python knows; DataError says why it cannot be parsed."""
+    try:
+        content = path.read_bytes()
+        try:
+            return ElementTree.fromstring(content)
+        except (LookupError, ValueError) as error:
+            # The parser knows few encodings, and an ASCII file is the same in all. Text is parsed as it is.
+            if isinstance(error, DefusedXmlException):
+                raise
+            return ElementTree.fromstring(decode_xml(content))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing", "annotation missing") from None
+    except DefusedXmlException as error:
+        raise DataError(f"{path} is refused: {error}", "annotation with entities") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise DataError(f"{path} does not parse: {error!s:.200}", "annotation does not parse") from None
 
-    An archive that is there whole is not fetched again, and one that is not is; so is unpacking.
+
+def decode_xml(content: bytes) -> str:
+    """Decodes an XML file by the encoding that it declares; LookupError or UnicodeDecodeError where that fails."""
+    declared = re.match(rb"\s*<\?xml[^>]*encoding\s*=\s*[\"']([\w.:-]+)", content.removeprefix(codecs.BOM_UTF8))
+    return content.decode("ascii" if content.isascii() or declared is None else declared[1].decode("ascii"))
+
+
+def require_voc(root: Element, path: Path) -> None:
+    """Raises a DataError where an XML file is not VOC's, or has objects where VOC has none.
+
+    Such a file must not pass for an image without objects.
+    """
+    if root.tag != "annotation":
+        sentence = f"{path} has the root <{root.tag:.80}>, where VOC has <annotation>"
+        raise DataError(sentence, "annotation of another format")
+    for child in root:
+        if child.tag == "object":
+            continue
+        for element in child.iter():
+            tag = str(element.tag).rpartition("}")[2].lower()
+            if tag in ("object", "bndbox"):
+                where = f"in <{child.tag:.80}>, not" if element is not child else f"as <{child.tag:.80}>, not <object>"
+                sentence = f"{path} has objects {where} directly in <annotation>"
+                raise DataError(sentence, "annotation of another format")
+
+
+def parse_size_element(element: Element, path: Path) -> tuple[float, float] | None:
+    """(height, width) of a <size>, None where either is not given; DataError where it is no number."""
+    sides = {tag: element.findtext(tag) for tag in ("height", "width")}
+    try:
+        return parse_size(**sides)
+    except ValueError:
+        for tag in sides:
+            read_number(element, tag, path)
+        raise
+
+
+def read_number(element: Element, tag: str, path: Path) -> float:
+    """The number in an element's child; DataError names the file, the child and its text."""
+    text = element.findtext(tag)
+    try:
+        return parse_number(text)
+    except ValueError:
+        raise DataError(f"{path}: <{tag}> is {text!r:.80}, not a number", "number unreadable") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VOC's own archives
+
+
+def download_voc(name: str, root: Path) -> Path:
+    """Downloads and unpacks a VOC year with torchvision, which compares checksums.
+
+    An archive that is there whole is not downloaded again; one that was cut off is, and unpacking starts anew.
+
+    Args:
+        name: a key of DOWNLOADS.
+        root: the folder that gets VOCdevkit.
+
+    Returns:
+        The VOC folder.
+
+    Raises:
+        DataError: no network, no room, or a wrong checksum.
     """
     year = name.removeprefix("voc")
     folder = root / "VOCdevkit" / f"VOC{year}"
