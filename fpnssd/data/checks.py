@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torchvision.ops import box_convert, box_iou
 
 from fpnssd.data.annotations import Problem, name_problem
-from fpnssd.data.images import DataError, open_image, to_rgb
+from fpnssd.data.images import DataError, open_image, orientation, to_rgb, upright
 from model import ModelConfig, make_priors
 from utils import atomic_write, write_text
 
@@ -125,7 +124,7 @@ def check_image(record, image_root, image_size=300):
             apply_exif, problem = judge_exif(image, record.size)
             if problem:
                 problems.append(Problem(problem, str(path)))
-            pixels = to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
+            pixels = to_rgb(upright(image) if apply_exif else image, str(path))
         size = (pixels.height, pixels.width)
         if record.size not in (None, size):
             said, found = ("x".join(f"{side:g}" for side in reversed(s)) for s in (record.size, size))
@@ -152,7 +151,7 @@ def kinds_of_image(image):
         yield "palette image"
     if image.has_transparency_data:
         yield "image with transparency"
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "is_animated", False):  # n_frames would decode all frames of a GIF to count them
         yield "animated image"
 
 
@@ -162,11 +161,11 @@ def judge_exif(image, said_size):
     The size that an annotation gives tells it, if the turn swaps unlike sides. Without a size, boxes were drawn in a
     viewer, which turns.
     """
-    orientation = image.getexif().get(0x0112, 1)
-    if orientation not in range(2, 9):
+    turn = orientation(image)
+    if turn == 1:
         return False, None
     stored = (image.height, image.width)
-    turned = stored[::-1] if orientation >= 5 else stored
+    turned = stored[::-1] if turn >= 5 else stored
     if said_size is None or (said_size == turned and turned != stored):
         return True, "EXIF rotation applied"
     return False, "EXIF rotation not applied"

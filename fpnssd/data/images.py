@@ -3,18 +3,22 @@
 import contextlib
 import io
 import os
+import warnings
 from collections import Counter, deque
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fpnssd.data.augment import FILL, resize
+from fpnssd.data.image_headers import ORIENTATION, HeaderError, exif_orientation, exif_with, prepare
 from utils import InputError
 
 try:
-    import pillow_heif
+    import pillow_heif  # type: ignore[import-not-found]
 except ImportError:  # optional: without it, HEIC and HEIF files are passed over
     pass
 else:
@@ -34,11 +38,20 @@ _JUNK_FILES = {"thumbs.db": "Thumbs.db", ".ds_store": ".DS_Store"}
 
 
 class DataError(InputError):
-    """A data list or an image that cannot be used; says which, and what to do. kind: what it is, without names."""
+    """A data list or an image that cannot be used.
 
-    def __init__(self, message, kind="unusable"):
+    Args:
+        message: names it and says what to do.
+        kind: what is wrong, without names, to count problems by.
+    """
+
+    def __init__(self, message: str, kind: str = "unusable"):
         super().__init__(message)
         self.kind = kind
+
+
+class ImageWarning(UserWarning):
+    """An image lost much of what it held on its way to 8 bits."""
 
 
 def is_image_name(path: str | os.PathLike) -> bool:
@@ -46,7 +59,9 @@ def is_image_name(path: str | os.PathLike) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
-def find_images(folder: str | os.PathLike, suffixes=IMAGE_SUFFIXES) -> tuple[list[Path], Counter]:
+def find_images(
+    folder: str | os.PathLike, suffixes: Collection[str] = IMAGE_SUFFIXES
+) -> tuple[list[Path], Counter[str]]:
     """Lists the image files in a folder and the folders below it.
 
     Linked folders are followed, each real folder once, so that a link to a parent does no harm.
@@ -63,8 +78,9 @@ def find_images(folder: str | os.PathLike, suffixes=IMAGE_SUFFIXES) -> tuple[lis
     Raises:
         DataError: a folder cannot be listed.
     """
-    images, passed_over = [], Counter()
-    folders, links, seen = [Path(folder)], deque(), set()
+    images: list[Path] = []
+    passed_over: Counter[str] = Counter()
+    folders, links, seen = [Path(folder)], deque[Path](), set[str]()
     while folders or links:  # links last: a folder keeps its own name where a link leads to it too
         current = folders.pop() if folders else links.popleft()
         if (real := os.path.realpath(current)) in seen:
@@ -91,96 +107,122 @@ def find_images(folder: str | os.PathLike, suffixes=IMAGE_SUFFIXES) -> tuple[lis
 
 
 @contextlib.contextmanager
-def open_image(path, name=None, max_pixels=MAX_PIXELS):
-    """A PIL image, not yet decoded, for a with block; what goes wrong inside is a DataError that names the file.
+def open_image(
+    source: str | os.PathLike | BinaryIO,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int | None = None,
+) -> Iterator[Image.Image]:
+    """Opens an image for a with block, not yet decoded, its metadata reduced to the EXIF orientation.
 
-    path: or an open file, with a name for it.
+    Args:
+        source: a path, or a file open for reading.
+        name: what messages call the image; its path if not given.
+        max_pixels: an image with more is refused before it is decoded.
+        max_bytes: an image is refused whose decoding would take more memory (see decoding_bytes); None for no limit.
+
+    Raises:
+        DataError: what goes wrong here or in the with block, with the image's name.
     """
-    file, path = path, name or path
+    name = name or str(source)
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(source, "rb")) if isinstance(source, (str, os.PathLike)) else source
+            image = stack.enter_context(Image.open(prepare(file), formats=FORMATS))
+            if isinstance(exif := image.info.get("exif"), bytes):
+                image.info["exif"] = exif_with(exif_orientation(exif))
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
+            if max_bytes is not None and (needed := decoding_bytes(image)) > max_bytes:
+                sentence = f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e6:.0f} MB"
+                raise Image.DecompressionBombError(f"{sentence}, more than {max_bytes / 1e6:.0f}")
             yield image
     except FileNotFoundError:
-        raise DataError(f"image {path} is missing", "image missing") from None
+        raise DataError(f"image {name} is missing", "image missing") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"image {path} is no image that can be read", "file is no image") from None
+        raise DataError(f"image {name} is no image that can be read", "file is no image") from None
     except Image.DecompressionBombError as error:  # raised before anything is decoded
-        raise DataError(f"image {path} is refused, shrink it or cut it up: {error}", "image too large") from None
+        raise DataError(f"image {name} is refused, shrink it or cut it up: {error}", "image too large") from None
+    except HeaderError as error:
+        raise DataError(f"image {name} is refused: {error}", "image damaged") from None
     except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly anything: struct.error, TypeError, RuntimeError
-        raise DataError(f"image {path} is damaged: {error}", "image damaged") from error
+        raise DataError(f"image {name} is damaged: {error}", "image damaged") from error
 
 
-def read_image(path, apply_exif=False):
-    """A decoded RGB PIL image, turned by its EXIF orientation if asked to; DataError names the file otherwise."""
-    with open_image(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
+# Bytes a pixel that decoding an image takes at most, the result as RGB (4) included, as measured with Pillow 12.3.
+_DECODING_COST = {"JPEG2000": 26, "AVIF": 20, "WEBP": 22, "TIFF": 20, "PPM": 9, "HEIF": 20}
 
 
-def to_rgb(image):
-    """A PIL image of any kind as 8-bit RGB: 16 bits lose their lower half, what is transparent gets the fill colour."""
-    image.load()
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut it off at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, FILL)
-        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+def decoding_bytes(image: Image.Image) -> int:
+    """Returns about how much memory load_image takes at most for an image that open_image has opened."""
+    cost = _DECODING_COST.get(image.format or "", 8)
+    if image.info.get("progressive"):  # libjpeg keeps all coefficients
+        cost = 4 + 2 * len(image.getbands()) + 4 * (image.mode != "RGB")
+    return cost * image.width * image.height
 
 
-def to_pixels(image):
-    """An RGB PIL image as uint8 (3, H, W), lying channels last."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def read_image(path: str | os.PathLike, apply_exif: bool = False) -> Image.Image:
+    """Returns the decoded RGB image of a file, turned by its EXIF orientation if apply_exif.
 
-
-def fit_image(image, side):
-    """The whole RGB PIL image squashed to uint8 (3, side, side): what the network sees outside training."""
-    return resize(to_pixels(image), side, side)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of any kind
-
-
-def load_image(picture, name="from bytes", max_pixels=MAX_PIXELS):
-    """An upright RGB PIL image of a path, PIL image, bytes, numpy array or tensor; InputError otherwise.
-
-    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8, uint16 or float 0..1; tensors (3, H, W) or (1, H, W)
-    uint8 or float 0..1. What is given is never changed. 16 bits lose their lower half, transparency is filled.
-    name: of bytes, for messages. max_pixels: files with more are refused before they are decoded.
+    Raises:
+        DataError: the file is missing, damaged, too large or no image; names it.
     """
-    if isinstance(picture, (str, os.PathLike)):
-        with open_image(picture, max_pixels=max_pixels) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(picture, (bytes, bytearray, memoryview)):
-        with open_image(io.BytesIO(picture), name, max_pixels) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(picture, Image.Image):
-        if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"a picture of {picture.width} x {picture.height} pixels is refused: shrink it")
+    with open_image(path) as image:
+        return to_rgb(upright(image) if apply_exif else image, str(path))
+
+
+def load_image(
+    source: "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor",
+    name: str = "from bytes",
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int | None = None,
+) -> Image.Image:
+    """Returns an upright RGB image (by its EXIF orientation) of anything that holds one.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
+            uint8, uint16 or floats 0..1, or a tensor (3, H, W) or (1, H, W) of uint8 or floats 0..1. Channels are RGB
+            or RGBA; OpenCV's arrays are BGR: give array[..., ::-1].
+        name: what messages call an image of bytes.
+        max_pixels, max_bytes: as for open_image, for paths and bytes.
+
+    Returns:
+        A PIL image, mode RGB. `source` is never changed, but an upright RGB PIL image is returned itself: copy it
+        before you draw on it. More than 8 bits a channel become 8 as to_rgb says; transparency is filled.
+
+    Raises:
+        InputError: it is no image; a DataError, with its name, if it is a file that cannot be read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        with open_image(source, None, max_pixels, max_bytes) as image:
+            return to_rgb(upright(image), str(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        with open_image(io.BytesIO(source), name, max_pixels, max_bytes) as image:
+            return to_rgb(upright(image), f"image {name}")
+    if isinstance(source, Image.Image):
+        if source.width * source.height > MAX_PIXELS:
+            raise DataError(f"an image of {source.width} x {source.height} pixels is refused: shrink it")
         try:
-            return to_rgb(ImageOps.exif_transpose(picture))
+            return to_rgb(upright(source))
         except MemoryError:
             raise
         except Exception as error:  # as in open_image
-            raise DataError(f"a picture is damaged: {error}") from error
-    if isinstance(picture, torch.Tensor):
-        if picture.dim() != 3 or picture.shape[0] not in (1, 3):
-            raise InputError(f"a tensor of shape {tuple(picture.shape)} is no picture: (3, H, W) or (1, H, W)")
-        if picture.is_floating_point():
-            picture = picture.float()  # numpy knows no bfloat16
-        picture = picture.detach().cpu().permute(1, 2, 0).numpy()
-    if isinstance(picture, np.ndarray):
-        return _from_array(picture)
-    raise InputError(f"a {type(picture).__name__} is no picture: a path, bytes, PIL image, array or tensor is")
+            raise DataError(f"an image is damaged: {error}") from error
+    if isinstance(source, torch.Tensor):
+        if source.dim() != 3 or source.shape[0] not in (1, 3):
+            raise InputError(f"a tensor of shape {tuple(source.shape)} is no picture: (3, H, W) or (1, H, W)")
+        if source.is_floating_point():
+            source = source.float()  # numpy has no bfloat16
+        source = source.detach().cpu().permute(1, 2, 0).numpy()
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    raise InputError(f"a {type(source).__name__} is no picture: a path, bytes, PIL image, array or tensor is")
 
 
-def _from_array(array):
+def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
@@ -192,7 +234,151 @@ def _from_array(array):
             raise InputError("an array of floats has to lie in 0..1 and be finite")
         array = (array * 255).round()
     elif array.dtype == np.uint16:
-        array = array // 257
+        low, high = _grey_range(int(array.min()), int(array.max()), (0, 65535))
+        array = _to_grey_levels(array, low, high)
     elif array.dtype != np.uint8:
         raise InputError(f"an array of {array.dtype} is no picture: uint8, uint16 or float 0..1 is")
     return to_rgb(Image.fromarray(array.astype(np.uint8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns an image's EXIF orientation, 1 (upright) to 8; 1 too where it has none or its EXIF block is broken."""
+    if isinstance(exif := image.info.get("exif"), bytes):
+        return exif_orientation(exif)
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # struct.error, ValueError, SyntaxError and more
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned by its EXIF orientation; the image itself where there is nothing to turn."""
+    image.load()  # a TIFF turns itself meanwhile
+    turn = _TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """Returns a PIL image of any mode as 8-bit RGB; the image itself if it is that already.
+
+    Transparency is filled with the mean colour FILL. More than 8 bits a channel are reduced by one rule:
+
+    - The full scale is what the file says: SMinSampleValue and SMaxSampleValue of a TIFF, else its bits per sample,
+      else 0..65535 for 16 bits (a value becomes value // 257); 0..1 for floats within it. Integers of 32 bits and
+      other floats have the smallest of 0..255, 0..65535 and 0..2^32 - 1 that holds them.
+    - Where no pixel reaches a quarter of it, or where it leaves fewer than 16 grey levels, as for a thermal camera or
+      12 bits stored in 16, the image's own minimum and maximum become 0 and 255; a warning says so once in a process.
+    - An image with fewer than 16 grey levels after that is named in a warning.
+
+    Args:
+        image: decoded or not.
+        name: what warnings call it.
+    """
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode[0] in "IF":
+        return _grey_to_rgb(image, name)
+    if image.has_transparency_data:
+        opaque = Image.new("RGB", image.size)
+        for top, band in _bands(image):
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, FILL), band)
+            opaque.paste(band.convert("RGB"), (0, top))
+        return opaque
+    return image.convert("RGB")
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yields (first row, copy) of horizontal bands of an image of about a megapixel, so that no whole copy is made."""
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image of mode I, I;16 or F as RGB, by the rule in to_rgb."""
+    ends = np.array([(band.min(), band.max()) for _, band in _value_bands(image)], dtype=np.float64)
+    smallest, largest = float(ends.min()), float(ends.max())
+    low, high = _grey_range(smallest, largest, _full_scale(image, smallest, largest))
+    grey, used = Image.new("L", image.size), np.zeros(256, dtype=bool)
+    for top, band in _value_bands(image):
+        levels = _to_grey_levels(band, low, high)
+        used[levels] = True
+        grey.paste(Image.fromarray(levels), (0, top))
+    if used.sum() < 16:
+        warnings.warn(f"{name} has {used.sum()} grey levels ({smallest:g} to {largest:g})", ImageWarning, stacklevel=2)
+    return grey.convert("RGB")
+
+
+def _value_bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """The bands as arrays (rows, W) of their own type, what is not finite as 0."""
+    for top, band in _bands(image):
+        yield top, np.nan_to_num(np.asarray(band), posinf=0, neginf=0)
+
+
+def _full_scale(image: Image.Image, smallest: float, largest: float) -> tuple[float, float]:
+    """The values of black and white in a grey image of more than 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        low, high = (float(np.ravel(tags[tag])[0]) for tag in (340, 341))  # SMinSampleValue, SMaxSampleValue
+        if np.isfinite([low, high]).all() and low < high:
+            return low, high
+    except (KeyError, IndexError, TypeError, ValueError):
+        pass
+    if image.mode.startswith("I;16"):
+        bits = tags.get(258, (16,))[0]
+        return 0, 2 ** (bits if 8 < bits <= 16 else 16) - 1
+    choices = [1, 255, 65535, 2**32 - 1] if image.mode == "F" else [255, 65535, 2**32 - 1]
+    fitting = [high for high in choices if smallest >= 0 and largest <= high]
+    return (0, fitting[0]) if fitting else (smallest, largest)
+
+
+def _grey_range(smallest: float, largest: float, full: tuple[float, float]) -> tuple[float, float]:
+    """The values that become 0 and 255, by the rule in to_rgb; warns where they are not those of the full scale."""
+    low, high = full
+    dark, flat = largest - low < (high - low) / 4, (largest - smallest) * 255 < 16 * (high - low)
+    if not (dark or flat) or smallest == largest:
+        return low, high
+    sentence = "images of more than 8 bits that would be nearly black or flat are stretched to their own range"
+    warnings.warn(sentence, ImageWarning, stacklevel=2)  # Python prints it once
+    return smallest, largest
+
+
+def _to_grey_levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of values between low and high, rounded down if they are integers: value // 257 for 0..65535."""
+    levels = (values.astype(np.float64) - low) * 255 / ((high - low) or 1)
+    if values.dtype.kind == "f":
+        levels = levels.round()
+    return levels.clip(0, 255).astype(np.uint8)
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """Returns an RGB PIL image as uint8 (3, H, W), channels last in memory."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top, band in _bands(image):
+        pixels[top : top + band.height] = np.asarray(band)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def fit_image(image: Image.Image, side: int) -> torch.Tensor:
+    """Returns an RGB PIL image squashed to uint8 (3, side, side): the network's input outside of training."""
+    return resize(to_pixels(image), side, side)
