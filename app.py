@@ -162,14 +162,15 @@ class Service:
     def run_network(self, data: bytes, name: str) -> Outputs:
         start = time.perf_counter()
         picture = load_image(data, name or "that was sent", self.limits.pixels)
-        offsets, logits = self.detector.look([picture])
+        offsets, logits = self.detector.run_network([picture])
         seconds, size = time.perf_counter() - start, (picture.height, picture.width)
         picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         return Outputs(name, data, to_jpeg(picture, 88), size, offsets.cpu(), logits.cpu(), seconds)
 
     def decode(self, outputs: Outputs, thresholds: dict[str, Any]) -> Detections:
-        image = ([outputs.size], [outputs.name])
-        return next(iter(self.detector.decode(outputs.offsets, outputs.logits, *image, **thresholds)))
+        image = {"sizes": [outputs.size], "sources": [outputs.name]}
+        (detections,) = self.detector.postprocess(outputs.offsets, outputs.logits, **image, **thresholds)
+        return detections
 
     def draw(self, outputs: Outputs, thresholds: dict[str, Any]) -> bytes:
         picture = load_image(outputs.data, outputs.name, self.limits.pixels)
@@ -189,10 +190,10 @@ class Service:
         return outputs, (await self.in_thread(request, self.decode, outputs, thresholds)).to_dict()
 
     async def about(self, request: Request) -> Response:
-        config, about = self.detector.config, self.detector.about
-        run = f"{about['runtime']} on {about['device']}, {about['precision']}"
+        config, info = self.detector.config, self.detector.info
+        run = f"{info['runtime']} on {info['device']}, {info['precision']}"
         content: dict[str, Any] = {name: default for name, (_, default, _, _) in THRESHOLDS.items()}
-        content["model"] = f"{Path(about['source']).name}: {config.backbone}, {config.image_size} px, {run}"
+        content["model"] = f"{Path(info['source']).name}: {config.backbone}, {config.image_size} px, {run}"
         content["classes"] = [
             {"name": name, "colour": class_colour(k)} for k, name in enumerate(config.classes, start=1)
         ]

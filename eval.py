@@ -140,9 +140,9 @@ def obtain(source, data_list, args):
     knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k, "flip": args.flip}
     predict_fn = Predictor(detector, **knobs)
     detections, seconds = predict(predict_fn, data_list, detector.config.image_size, args.batch_size, args.workers)
-    where = {name: detector.about[name] for name in ("runtime", "device", "precision")}
+    where = {name: detector.info[name] for name in ("runtime", "device", "precision")}
     settings = {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}
-    configuration = {"model": asdict(detector.config), "training": detector.about.get("training", {})}
+    configuration = {"model": asdict(detector.config), "training": detector.info.get("training", {})}
     return detections, {"settings": settings, "seconds": seconds, "configuration": configuration}
 
 

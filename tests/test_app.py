@@ -302,8 +302,10 @@ def test_names_are_cut_and_data(server, sent):
 
 
 def test_thresholds_do_not_run_the_network_again(server, sent, monkeypatch):
-    look, calls = server.service.detector.look, []
-    monkeypatch.setattr(server.service.detector, "look", lambda pictures: (calls.append(1), look(pictures))[1])
+    run_network, calls = server.service.detector.run_network, []
+    monkeypatch.setattr(
+        server.service.detector, "run_network", lambda images: (calls.append(1), run_network(images))[1]
+    )
     _, answer = post(server, sent, "min_score=0.1", "pictures")
     address = f"{server.url}/pictures/{answer['id']}/detections.json?min_score="
     counts = [len(json.loads(ask(address + score)[2])["objects"]) for score in ("0.1", "0.4", "0.9")]

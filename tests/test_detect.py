@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from sure_network import save_sure_network
 
-from detect import annotate, detect, free_name, main, predict
+from detect import annotate, detect, main, predict
 from fpnssd.data.voc import parse_voc_xml
 from fpnssd.inference.detector import Detections
-from fpnssd.inference.draw import class_colour, overlap, place_label
+from fpnssd.inference.draw import class_colour, covered_areas, place_label
+from fpnssd.inference.inputs import find_sources
 from model import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -91,11 +92,10 @@ def test_command_line(folder, tmp_path, capsys):
     assert all(line.split()[0] in ("cat", "dog") for line in lines)
 
 
-def test_photographs_are_never_overwritten(folder, tmp_path, capsys):
+def test_photographs_are_never_overwritten(folder, tmp_path):
     before = (folder / "photo.jpg").read_bytes()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="is itself one of the inputs"):
         main([str(folder / "photo.jpg"), "--checkpoint", str(folder / "small.pth.tar"), "--out", str(folder)])
-    assert "is itself one of the photographs" in capsys.readouterr().err
     assert (folder / "photo.jpg").read_bytes() == before
     other = tmp_path / "photo.jpg"
     other.write_bytes(before)
@@ -199,10 +199,13 @@ def test_standard_input_and_output(folder):
     ("arguments", "said"),
     [
         (["nothing*.jpg"], "nothing matches"),
-        (["empty"], "folder empty holds no picture"),
+        (["empty"], "folder empty holds no image or video"),
         (["photo.jpg", "--classes", "cow"], "no class cow: the model knows cat, dog"),
         (["photo.jpg", "--min-score", "2"], "min_score is 2.0"),
-        (["photo.jpg", "--runtime", "onnx", "--precision", "fp32"], "leave --precision alone"),
+        (
+            ["photo.jpg", "--runtime", "onnx"],
+            "has no onnx file beside it: python export.py small.pth.tar --to onnx makes",
+        ),
         (["photo.jpg", "--checkpoint", "none.pth.tar"], "no checkpoint 'none.pth.tar'"),
     ],
 )
@@ -263,7 +266,7 @@ def test_labels_keep_off_each_other():
     same = []
     for _ in range(5):
         same.append(place_label([100, 100, 200, 200], (40, 15), (300, 300), same))
-    assert not any(overlap(a, b) for number, a in enumerate(same) for b in same[:number])
+        assert not covered_areas(np.array([same[-1][:2]]), (40, 15), same[:-1]).any()
 
 
 def test_colours_differ():
@@ -273,6 +276,7 @@ def test_colours_differ():
 
 
 def test_names_are_not_taken_twice():
-    taken = set()
-    assert [free_name("a.jpg", taken) for _ in range(3)] == ["a.jpg", "a_2.jpg", "a_3.jpg"]
-    assert [free_name(name, taken) for name in ("a.png", "A.JPG", "b.c.jpg")] == ["a_4.png", "A_5.JPG", "b.c.jpg"]
+    """By another ending or in another case neither."""
+    files = ["x/a.jpg", "y/a.jpg", "a.jpg", "a.png", "A.JPG", "b.c.jpg", "a.mp4", "camera:0"]
+    names = ["a.jpg", "a_2.jpg", "a_3.jpg", "a_4.png", "A_5.JPG", "b.c.jpg", "a_6.mp4", "camera0.mp4"]
+    assert [str(source.name) for source in find_sources(files)] == names

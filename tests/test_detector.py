@@ -172,4 +172,4 @@ def test_a_model_in_training_mode_is_asked_in_evaluation_mode(pixels):
     detector = load_detector(model)
     detector.predict(pixels)
     assert torch.equal(model.backbone.bn1.running_mean, before)
-    assert detector.about["runtime"] == "torch"
+    assert detector.info["runtime"] == "torch"

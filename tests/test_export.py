@@ -59,13 +59,13 @@ def noise(count, seed=0):
 def test_exports_answer_like_the_original(folder, name):
     original = load_detector(folder / "small.pth.tar", runtime="torch", precision="fp32")
     exported = load_detector(folder / name, precision="fp32")
-    assert exported.about["precision"] == "fp32"
+    assert exported.info["precision"] == "fp32"
     assert exported.config == original.config
     assert torch.equal(exported.priors, original.priors)
     for count in (1, 2, 5):
         for mine, theirs in zip(original.forward(noise(count)), exported.forward(noise(count)), strict=True):
             torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
-    assert exported.about["runtime"] == {"small.onnx": "onnx", "small.xml": "openvino"}[name]
+    assert exported.info["runtime"] == {"small.onnx": "onnx", "small.xml": "openvino"}[name]
 
 
 @pytest.mark.parametrize("name", ["small.onnx", "small.xml"])
@@ -140,25 +140,25 @@ def lonely(folder, tmp_path):
 def test_only_what_was_made_of_this_checkpoint_is_taken(folder, lonely, capsys):
     for suffix in (".onnx", ".xml", ".bin"):
         shutil.copy(folder / f"small{suffix}", lonely.parent)
-    assert load_detector(lonely).about["runtime"] == "openvino"
+    assert load_detector(lonely).info["runtime"] == "openvino"
     assert f"using {lonely.parent / 'small.xml'}, exported from {lonely}" in capsys.readouterr().err
-    assert load_detector(lonely, runtime="onnx").about["runtime"] == "onnx"
-    assert load_detector(lonely, precision="fp32").about["runtime"] == "torch"
-    assert load_detector(lonely, runtime="torch").about["runtime"] == "torch"
+    assert load_detector(lonely, runtime="onnx").info["runtime"] == "onnx"
+    assert load_detector(lonely, precision="fp32").info["runtime"] == "torch"
+    assert load_detector(lonely, runtime="torch").info["runtime"] == "torch"
     assert capsys.readouterr().err == ""
     checkpoint = torch.load(lonely)
     checkpoint["model"].class_heads[0].bias.data += 1
     save_checkpoint(lonely, checkpoint["model"])
-    assert load_detector(lonely).about["runtime"] == "torch"
+    assert load_detector(lonely).info["runtime"] == "torch"
     with pytest.raises(ValueError, match=r"small\.onnx was exported from another checkpoint .*--to onnx makes it anew"):
         load_detector(lonely, runtime="onnx")
     lonely.with_name("small.xml").write_text("hello")  # damaged
-    assert load_detector(lonely).about["runtime"] == "torch"
+    assert load_detector(lonely).info["runtime"] == "torch"
 
 
 def test_inference_writes_no_file(lonely):
     """A named runtime needs its exported file; auto is torch without one."""
-    assert load_detector(lonely).about["runtime"] == "torch"
+    assert load_detector(lonely).info["runtime"] == "torch"
     with pytest.raises(ValueError, match=r"no onnx file beside it: python export\.py .* --to onnx makes it"):
         load_detector(lonely, runtime="onnx")
     assert [path.name for path in lonely.parent.iterdir()] == ["small.pth.tar"]
@@ -167,14 +167,14 @@ def test_inference_writes_no_file(lonely):
 def test_runtimes_that_are_not_installed(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert load_detector(folder / "small.pth.tar").about["runtime"] == "torch"
+    assert load_detector(folder / "small.pth.tar").info["runtime"] == "torch"
     with pytest.raises(ValueError, match=r"onnxruntime is not installed: pip install -e '\.\[deploy\]'"):
         load_detector(folder / "small.pth.tar", runtime="onnx")
 
 
 def test_exported_files_run_on_the_cpu_of_a_machine_with_a_gpu(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert load_detector(folder / "small.pth.tar", runtime="onnx").about["device"] == "cpu"
+    assert load_detector(folder / "small.pth.tar", runtime="onnx").info["device"] == "cpu"
     with pytest.raises(ValueError, match="runtime onnx runs on the CPU, not on 'cuda': leave --device alone"):
         load_detector(folder / "small.pth.tar", "cuda", runtime="onnx")
     with pytest.raises(ValueError, match=r"small\.onnx runs in fp32, not in bf16"):

@@ -79,7 +79,7 @@ class Predictor:
         return results
 
     def _now(self) -> float:
-        if self.detector.about["device"] == "cuda":
+        if self.detector.info["device"] == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 

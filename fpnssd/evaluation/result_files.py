@@ -10,12 +10,11 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from xml.etree import ElementTree
 
 import torch
 
 from fpnssd.data.images import DataError
-from utils import atomic_write, write_text
+from utils import write_text
 
 
 def write_coco(path, data_list, detections):
@@ -60,37 +59,6 @@ def voc_result_paths(folder, data_list, split):
 def file_name_of(text):
     """A text, as a class's name, as a file name of any system: what has a meaning in paths becomes an underscore."""
     return re.sub(r"[^\w .+-]", "_", text).strip(" .") or "_"
-
-
-def write_voc_xml(path, found, file_name):
-    """One picture's detector.Detections as a VOC annotation: 1-based inclusive corners, and the score beside them."""
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = file_name
-    size = ElementTree.SubElement(root, "size")
-    for name, value in (("width", found.size[1]), ("height", found.size[0]), ("depth", 3)):
-        ElementTree.SubElement(size, name).text = str(value)
-    for (x0, y0, x1, y1), score, _, name in found.rows():
-        one = ElementTree.SubElement(root, "object")
-        box = {"xmin": x0 + 1, "ymin": y0 + 1, "xmax": x1, "ymax": y1}
-        for tag, text in (("name", name), ("difficult", "0"), ("score", f"{score:.6f}")):
-            ElementTree.SubElement(one, tag).text = text
-        corners = ElementTree.SubElement(one, "bndbox")
-        for tag, value in box.items():
-            ElementTree.SubElement(corners, tag).text = f"{value:.3f}"
-    ElementTree.indent(root)
-    with atomic_write(path) as temporary:
-        ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
-
-
-def write_yolo(path, found):
-    """The same as YOLO's txt: class from 0, centre and sides in 0..1 of the picture, score."""
-    height, width = found.size
-    lines = [
-        f"{label - 1} {(x0 + x1) / 2 / width:.6f} {(y0 + y1) / 2 / height:.6f} "
-        f"{(x1 - x0) / width:.6f} {(y1 - y0) / height:.6f} {score:.6f}\n"
-        for (x0, y0, x1, y1), score, label, _ in found.rows()
-    ]
-    write_text(path, "".join(lines))
 
 
 def _rows(result):

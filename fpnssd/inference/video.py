@@ -1,4 +1,4 @@
-"""Video files and cameras as pictures, one after the other, and annotated ones as a video file again.
+"""Reads video files and cameras frame by frame, and writes annotated ones as MP4.
 
 Needs PyAV: pip install av. A camera is camera:0 (the first one); on macOS also camera: and a device's name, on Windows
 only that.
@@ -6,23 +6,30 @@ only that.
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from PIL import Image
 
 from fpnssd.data.images import DataError
 from utils import InputError, atomic_write
 
-SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"})
 # What a camera's number means, and the format that FFmpeg reads it as.
 CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation"), "win32": ("video={}", "dshow")}
 ENCODERS = ("libx264", "mpeg4")  # the first that PyAV was built with
 
 
-def is_video(source):
-    return source.startswith("camera:") or Path(source).suffix.lower() in SUFFIXES
+def is_video(source: str) -> bool:
+    """Whether an input is a camera, or a file whose name ends as a video's does."""
+    return source.startswith("camera:") or Path(source).suffix.lower() in VIDEO_SUFFIXES
 
 
-def need_av():
+def import_av() -> ModuleType:
+    """Imports PyAV; InputError says how to install it."""
     try:
         import av
     except ImportError:
@@ -31,13 +38,27 @@ def need_av():
 
 
 class Video:
-    """An opened video: num_frames (0 if it is not known), rate and time_base, and its frames to iterate over once."""
+    """An opened video file or camera, to be iterated over once: (frame, time) of each frame.
 
-    def __init__(self, source):
-        av, self.source = need_av(), source
+    A frame is an RGB PIL image, upright; its time is in units of time_base, and later than that of the frame before.
+
+    Args:
+        source: a file's path, or "camera:0".
+
+    Attributes:
+        num_frames: 0 if it is not known.
+        rate: frames a second.
+        time_base: seconds.
+
+    Raises:
+        DataError: if it cannot be opened; and while iterating, where it is damaged.
+    """
+
+    def __init__(self, source: str) -> None:
+        av, self.source = import_av(), source
         path, options = source, {}
         if source.startswith("camera:"):
-            name, kind = CAMERAS[sys.platform]
+            name, kind = CAMERAS.get(sys.platform, CAMERAS["linux"])
             path, options = name.format(source.removeprefix("camera:")), {"format": kind}
         try:
             self._container = av.open(path, **options)
@@ -47,54 +68,71 @@ class Video:
         except IndexError:
             raise DataError(f"video {source} has no pictures in it") from None
         self._stream.thread_type = "AUTO"
-        self.num_frames, self.time_base = self._stream.frames, self._stream.time_base
-        self.rate = self._stream.average_rate or Fraction(25)
+        self.num_frames: int = self._stream.frames
+        self.time_base: Fraction = self._stream.time_base
+        self.rate: Fraction = self._stream.average_rate or Fraction(25)
 
-    def __iter__(self):
-        """(RGB PIL image, upright; its time in units of time_base, ever later); DataError where the file is damaged."""
-        av, count, time = need_av(), 0, None
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        av = import_av()
         step = max(1, round(1 / (self.rate * self.time_base)))
+        count, time = 0, None
         with self._container:
             try:
                 for frame in self._container.decode(self._stream):
                     count += 1
-                    picture, before = frame.to_image(), time
+                    image, before = frame.to_image(), time
                     time = frame.pts  # which damaged and old files leave out, or give out of order
                     if before is not None and (time is None or time <= before):
                         time = before + (step if time is None else 1)
                     time = time or 0
-                    yield (picture.rotate(frame.rotation, expand=True) if frame.rotation else picture), time
+                    yield (image.rotate(frame.rotation, expand=True) if frame.rotation else image), time
             except av.FFmpegError as error:
                 raise DataError(f"video {self.source} is damaged after frame {count}: {error}") from error
+        if not count:
+            raise DataError(f"video {self.source} has no picture that can be read")
 
 
 @contextlib.contextmanager
-def written_video(path, like):
-    """For a with block: a function(picture, time) that adds a frame to the file, at the times of the Video `like`.
+def write_video(path: Path, like: Video) -> Iterator[Callable[[Image.Image, int], None]]:
+    """For a with block: a function(image, time) that adds a frame to an MP4 file.
 
-    The file is there, whole, when the block ends well; DataError if no frame came, or FFmpeg cannot write it.
+    The file is there, whole, when the block ends; not if it raises, or adds no frame.
+
+    Args:
+        path: the file to write.
+        like: gives the frame rate, and the unit of the times.
+
+    Raises:
+        DataError: if FFmpeg cannot write it.
     """
-    av, container, stream = need_av(), None, None
-    with atomic_write(path) as temporary, contextlib.ExitStack() as stack:
+    av = import_av()
+    container: Any = None
+    stream: Any = None
+    with contextlib.ExitStack() as stack:
 
-        def write(picture, time):
+        def write(image: Image.Image, time: int) -> None:
             nonlocal container, stream
-            width, height = (side // 2 * 2 for side in picture.size)  # what the encoders take
+            width, height = (side // 2 * 2 for side in image.size)  # encoders take even sides
             if container is None:
+                temporary = stack.enter_context(atomic_write(path))
                 container = stack.enter_context(av.open(temporary, "w", format="mp4"))
-                encoder = next(name for name in ENCODERS if name in av.codecs_available)
-                stream = container.add_stream(encoder, rate=like.rate)
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.codec_context.time_base = like.time_base
-            frame = av.VideoFrame.from_image(picture.crop((0, 0, width, height)))
+                stream = _add_stream(container, width, height, like)
+            frame = av.VideoFrame.from_image(image.crop((0, 0, width, height)))
             frame.pts, frame.time_base = time, like.time_base
             container.mux(stream.encode(frame))
 
         try:
             yield write
-            if container is None:
-                raise DataError(f"video {like.source} has no picture that can be read")
-            container.mux(stream.encode())
-            container.close()
+            if container is not None:
+                container.mux(stream.encode())
+                container.close()
         except av.FFmpegError as error:
             raise DataError(f"video {path} cannot be written: {error}") from error
+
+
+def _add_stream(container: Any, width: int, height: int, like: Video) -> Any:
+    encoder = next(name for name in ENCODERS if name in import_av().codecs_available)
+    stream = container.add_stream(encoder, rate=like.rate)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.codec_context.time_base = like.time_base
+    return stream

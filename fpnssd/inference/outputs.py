@@ -1,0 +1,229 @@
+"""Writes the detections of detect.py: annotated copies, JSON lines, COCO results, VOC XML, YOLO text, cut-outs."""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TextIO
+from xml.etree import ElementTree
+
+from PIL import Image
+from tqdm import tqdm
+
+from fpnssd.evaluation.result_files import file_name_of
+from fpnssd.inference.detector import Detections
+from fpnssd.inference.draw import annotate
+from utils import InputError, atomic_write, error_message, write_text
+
+# What XML 1.0 cannot hold, not even escaped.
+NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class OutputPaths:
+    """Where each kind of output goes; None for those that are not wanted."""
+
+    pictures: Path | None = None  # folder of annotated copies, and of annotated videos
+    json: str | None = None  # file that gets a line an image; "-" is standard output
+    coco: Path | None = None  # file in COCO's result format
+    voc_xml: Path | None = None  # folder
+    yolo: Path | None = None  # folder
+    crops: Path | None = None  # folder that gets a folder for each class
+
+    def folders(self) -> list[Path]:
+        """The folders that outputs go to."""
+        return [path for path in (self.pictures, self.voc_xml, self.yolo, self.crops) if path]
+
+    def files(self, names: Sequence[PurePath]) -> list[Path]:
+        """Every file that will be written for inputs of these names, as far as that is known before they are read:
+        cut-outs and the files of video frames depend on what is found."""
+        single = [Path(path) for path in (self.json, self.coco) if path and path != "-"]
+        suffixes = ((self.pictures, None), (self.voc_xml, ".xml"), (self.yolo, ".txt"))
+        return single + [
+            folder / (name.with_suffix(suffix) if suffix else name)
+            for folder, suffix in suffixes
+            if folder
+            for name in names
+        ]
+
+
+class Outputs:
+    """Writes the results of one image after the other, for a with block; failures are printed and counted.
+
+    JSON lines and COCO's rows are written as they come, so that endless inputs take no memory. At the end of the block,
+    however it ends, the COCO file is completed.
+
+    Args:
+        paths: where to.
+        yolo_scores: write YOLO's sixth column.
+
+    Attributes:
+        failures: images and videos that failed.
+    """
+
+    def __init__(self, paths: OutputPaths, yolo_scores: bool = True) -> None:
+        self.paths, self.yolo_scores, self.failures = paths, yolo_scores, 0
+        self._json: TextIO | None = None
+        self._coco: TextIO | None = None
+        self._rows = 0
+
+    def __enter__(self) -> "Outputs":
+        self._stack = contextlib.ExitStack()
+        if self.paths.json == "-":
+            self._json = sys.stdout
+        elif self.paths.json:
+            Path(self.paths.json).parent.mkdir(parents=True, exist_ok=True)
+            self._json = self._stack.enter_context(open(self.paths.json, "w", encoding="utf-8"))
+        if self.paths.coco:
+            temporary = self._stack.enter_context(atomic_write(self.paths.coco))
+            self._coco = self._stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            self._coco.write("[")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._coco:
+            self._coco.write("]\n")
+        self._stack.close()  # without the error: what was found before it is kept
+
+    @contextlib.contextmanager
+    def failures_of(self, source: str) -> Iterator[None]:
+        """An error inside of the with block is printed and counted as this input's, and goes no further."""
+        try:
+            yield
+        except BrokenPipeError:  # nobody reads the output any more
+            raise
+        except Exception as error:  # decoders, networks and encoders raise nearly anything
+            self.fail(source, error)
+
+    def fail(self, source: str, error: Exception) -> None:
+        self.failures += 1
+        message = error_message(error)
+        if not isinstance(error, (InputError, OSError)):
+            message = f"{type(error).__name__}: {message}"
+        name = Path(source).name
+        tqdm.write(f"detect: {message if name in message else f'{source}: {message}'}", file=sys.stderr)
+
+    def print(self, text: str) -> None:
+        """Prints to standard output, unless that gets the JSON."""
+        if self._json is not sys.stdout:
+            tqdm.write(text, file=sys.stdout)
+
+    def write(
+        self,
+        name: PurePath,
+        image: Image.Image,
+        detections: Detections,
+        image_id: int,
+        frame: dict[str, float] | None = None,
+    ) -> None:
+        """Writes everything that is wanted of one image. An output that cannot be written is printed and counted, and
+        the others are written.
+
+        Args:
+            name: of its files, below each output folder.
+            image: RGB.
+            detections: with the input's path as their source.
+            image_id: in COCO's results.
+            frame: number and time of a video's frame ("frame", "seconds"), for JSON; no annotated copy is written.
+        """
+        source, shown = detections.source, f"{detections.source}: {len(detections)} objects"
+        if self._coco:
+            rows = [json.dumps(row) for row in detections.to_coco(image_id)]
+            self._coco.write("".join((",\n" if self._rows + k else "") + row for k, row in enumerate(rows)))
+            self._rows += len(rows)
+        if self._json:
+            print(json.dumps(detections.to_dict() | (frame or {})), file=self._json, flush=True)
+        if self.paths.pictures and frame is None:
+            with self.failures_of(source):
+                path = self.paths.pictures / name
+                save_picture(path, annotate(image, detections))
+                shown = f"{source} -> {path}: {len(detections)} objects"
+        if self.paths.voc_xml:
+            with self.failures_of(source):
+                write_voc_xml(self.paths.voc_xml / name.with_suffix(".xml"), detections, name.name)
+        if self.paths.yolo:
+            with self.failures_of(source):
+                write_yolo(self.paths.yolo / name.with_suffix(".txt"), detections, self.yolo_scores)
+        if self.paths.crops:
+            with self.failures_of(source):
+                write_crops(self.paths.crops, name, image, detections)
+        if frame is None:
+            self.print("\n".join([shown, *(f"  {line}" for line in describe(detections))]))
+
+
+def describe(detections: Detections) -> Iterator[str]:
+    """A line for each object: "dog 0.93 at 12,40,200,310" (left, top, right, bottom in pixels)."""
+    for box, score, _, name in detections.rows():
+        yield f"{name} {score:.2f} at {','.join(str(round(edge)) for edge in box)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of one image
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a picture in the format of its name's ending; as JPEG where Pillow cannot write that."""
+    picture_format = Image.registered_extensions().get(path.suffix.lower(), "JPEG")
+    if picture_format not in Image.SAVE:
+        picture_format = "JPEG"
+    with atomic_write(path) as temporary:
+        picture.save(temporary, picture_format, quality=92)
+
+
+def write_voc_xml(path: Path, detections: Detections, file_name: str) -> None:
+    """Writes detections as a VOC annotation: 1-based inclusive corners, and the score beside them.
+
+    Args:
+        path: the XML file.
+        detections: of one image.
+        file_name: the image's, for <filename>.
+
+    Raises:
+        InputError: for a name with characters that XML cannot hold.
+    """
+    for text in (file_name, *detections.names):
+        if NOT_IN_XML.search(text):
+            raise InputError(f"{path}: XML cannot hold the name {text!r}")
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = file_name
+    size = ElementTree.SubElement(root, "size")
+    for tag, value in (("width", detections.size[1]), ("height", detections.size[0]), ("depth", 3)):
+        ElementTree.SubElement(size, tag).text = str(value)
+    for (x0, y0, x1, y1), score, _, name in detections.rows():
+        element = ElementTree.SubElement(root, "object")
+        for tag, text in (("name", name), ("difficult", "0"), ("score", f"{score:.6f}")):
+            ElementTree.SubElement(element, tag).text = text
+        corners = ElementTree.SubElement(element, "bndbox")
+        for tag, edge in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
+            ElementTree.SubElement(corners, tag).text = f"{edge:.3f}"
+    ElementTree.indent(root)
+    with atomic_write(path) as temporary:
+        ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
+
+
+def write_yolo(path: Path, detections: Detections, scores: bool = True) -> None:
+    """Writes detections as YOLO's text: a line each of class from 0, centre and sides in 0..1 of the image, score.
+
+    Args:
+        path: the text file.
+        detections: of one image.
+        scores: False leaves the sixth column out, for programs that read labels of five.
+    """
+    height, width = detections.size
+    lines = []
+    for (x0, y0, x1, y1), score, label, _ in detections.rows():
+        numbers = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+        numbers += [score] if scores else []
+        lines.append(" ".join([str(label - 1), *(f"{number:.6f}" for number in numbers)]) + "\n")
+    write_text(path, "".join(lines))
+
+
+def write_crops(folder: Path, name: PurePath, image: Image.Image, detections: Detections) -> None:
+    """Writes each detection cut out of its image: CLASS/NAME_1.jpg and so on, best first."""
+    for number, (box, _, _, label_name) in enumerate(detections.rows(), start=1):
+        left, top, right, bottom = (round(edge) for edge in box)
+        crop = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))  # at least a pixel
+        save_picture(folder / file_name_of(label_name) / name.with_name(f"{name.stem}_{number}.jpg"), crop)
