@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fpnssd.data.data_list import DataList
 from fpnssd.evaluation import intervals
-from fpnssd.evaluation.metrics import rank, score
+from fpnssd.evaluation.metrics import compute_metrics, percent, rank
 from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
 from fpnssd.evaluation.result_files import read_coco, voc_result_paths, write_coco, write_voc
@@ -44,7 +44,7 @@ def main(argv=None):
         ranked = rank(data_list, detections)
         lowest = 0 if args.detections else args.min_score  # below it nothing was decoded
         at_scores = sorted({max(one, lowest) for one in args.at_scores})
-        metrics = score(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | told
+        metrics = compute_metrics(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | told
         metrics["seconds"]["score"] = time.perf_counter() - start
         if args.intervals:
             matched = intervals.match(data_list, ranked)
@@ -165,20 +165,20 @@ def format_table(metrics):
     width = max(len("class"), *(len(name) for name in metrics["per_class"]))
     lines = [f"{'class':{width}}  objects  detections  " + "  ".join(f"{c:>12}" for c in columns)]
     for name, row in metrics["per_class"].items():
-        numbers = "  ".join(f"{_percent(row[c]):>12}" for c in columns)
+        numbers = "  ".join(f"{percent(row[c]):>12}" for c in columns)
         lines.append(f"{name:{width}}  {row['objects']:7}  {row['detections']:10}  {numbers}")
     lines.append("")
     for name, value in metrics.items():
         if name.startswith(("voc", "coco")):
             middle = metrics.get("intervals", {}).get(name)
-            said = f"  95 %: {_percent(middle[0])} .. {_percent(middle[1])}" if middle else ""
-            lines.append(f"{name:16} {_percent(value):>6}{said}")
+            said = f"  95 %: {percent(middle[0])} .. {percent(middle[1])}" if middle else ""
+            lines.append(f"{name:16} {percent(value):>6}{said}")
     best = metrics["best_f1"]
     for row in [*metrics["at_scores"], *filter(None, [best])]:
         highest = ", the highest" if row is best else ""
         lines.append(
-            f"above a score of {row['min_score']:.2f}: {_percent(row['precision'])} % of the detections are right, "
-            f"{_percent(row['recall'])} % of the objects are found, F1 {_percent(row['f1'])}{highest}"
+            f"above a score of {row['min_score']:.2f}: {percent(row['precision'])} % of the detections are right, "
+            f"{percent(row['recall'])} % of the objects are found, F1 {percent(row['f1'])}{highest}"
         )
     if metrics["objects"] == 0:
         lines.append("no object to score against: all numbers are none")
@@ -208,10 +208,6 @@ def format_comparison(sources, result):
             f"B better in {100 * row['better']:.0f} % of resamples  {verdict}"
         )
     return "\n".join(lines)
-
-
-def _percent(value):
-    return "none" if value is None else f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def voc_both(data_list, detections):
     status = metrics.match_voc(data_list, ranked)
     scores = {}
     for label in range(1, len(data_list.classes) + 1):
-        found = metrics.is_true_of(status[ranked.of(label)])
+        found = metrics.true_positives(status[ranked.of(label)])
         objects = int((data_list.counted & (data_list.labels == label)).sum())
         scores[label] = (metrics.voc2007_ap(found, objects), metrics.voc2010_ap(found, objects))
     return scores
@@ -202,7 +202,7 @@ def loop_ap(data_list, detections, label):
         for row in range(data_list.first[image], data_list.first[image + 1]):
             if data_list.labels[row] != label:
                 continue
-            overlap = metrics.overlap_pairs(box[None], data_list.boxes[row][None].astype(np.float64))[0]
+            overlap = metrics.paired_iou(box[None], data_list.boxes[row][None].astype(np.float64))[0]
             if overlap > best:
                 best, which = overlap, row
         if best >= 0.5 and data_list.difficult[which]:

@@ -67,6 +67,7 @@ def test_detections_come_in_any_order(tmp_path):
     ("change", "problem"),
     [
         ({"score": math.nan}, "not a finite number"),
+        ({"score": 10**400}, "not a finite number"),
         ({"bbox": [1, 2, math.inf, 4]}, "not a finite number"),
         ({"bbox": [1, 2, -3, 4]}, "negative width or height"),
         ({"bbox": [1, 2, 3]}, "bbox is not four numbers"),
@@ -85,7 +86,15 @@ def test_bad_detections_are_named_or_skipped(tmp_path, change, problem):
     assert list(problems.values()) == [1]
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "no JSON"), ("{}", "no list of detections"), ("[1", "no JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no JSON"),
+        pytest.param("[" * 100_000, "no JSON", id="nested"),
+        ("{}", "no list of detections"),
+        ("[1", "no JSON"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, text, said):
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(DataError, match=rf"d\.json is {said}"):

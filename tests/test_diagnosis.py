@@ -170,8 +170,8 @@ def test_calibration_by_hand():
     detections = [(BOX, 0.95, 1), (BOX, 0.92, 1), (FAR, 0.5, 1), (OTHER, 0.05, 2)]
     _, ranked, errors = diagnose([(BOX, 1), (OTHER, 2)], detections)
     bins = calibration(ranked, errors)
-    assert bins[9] == {"score": pytest.approx(0.935), "right": 0.5, "detections": 2}
-    assert (bins[5]["right"], bins[0]["right"]) == (0, 1)
+    assert bins[9] == {"score": pytest.approx(0.935), "precision": 0.5, "detections": 2}
+    assert (bins[5]["precision"], bins[0]["precision"]) == (0, 1)
     assert [k for k, one in enumerate(bins) if one] == [0, 5, 9]
 
 

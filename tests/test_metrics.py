@@ -11,7 +11,18 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpnssd.data.data_list import DataList
-from fpnssd.evaluation.metrics import COCO_NAMES, at_score, best_f1, compute_metrics, voc2007_ap, voc2010_ap
+from fpnssd.evaluation.error_analysis import confusion, find_errors
+from fpnssd.evaluation.metrics import (
+    COCO_NAMES,
+    best_f1,
+    compute_metrics,
+    match_voc,
+    rank,
+    scores_at,
+    voc2007_ap,
+    voc2010_ap,
+)
+from model import above_score
 
 
 def make_list(images, num_classes=3):
@@ -127,13 +138,29 @@ def test_best_f1_is_that_of_the_best_min_score_asked_for():
         assert found["f1"] == pytest.approx(2 / (1 / found["precision"] + 1 / found["recall"]))
 
 
-def test_at_score_by_hand():
+def test_scores_at_by_hand():
     # Right, wrong, on a difficult object, right, wrong, of four objects.
     scores, status = np.array([0.9, 0.5, 0.45, 0.4, 0.3]), np.array([1, 0, -1, 1, 0], dtype=np.int8)
-    assert at_score(scores, status, 4, 0.3) == {"min_score": 0.3, "f1": 4 / 7, "precision": 2 / 3, "recall": 2 / 4}
-    assert at_score(scores, status, 4, 0.4) == {"min_score": 0.4, "f1": 2 / 6, "precision": 1 / 2, "recall": 1 / 4}
-    assert at_score(scores, status, 4, 0.9) == {"min_score": 0.9, "f1": 0, "precision": None, "recall": 0}
-    assert at_score(scores, status, 0, 0.95) == {"min_score": 0.95, "f1": None, "precision": None, "recall": None}
+    assert scores_at(scores, status, 4, 0.3) == {"min_score": 0.3, "f1": 4 / 7, "precision": 2 / 3, "recall": 2 / 4}
+    assert scores_at(scores, status, 4, 0.4) == {"min_score": 0.4, "f1": 2 / 6, "precision": 1 / 2, "recall": 1 / 4}
+    assert scores_at(scores, status, 4, 0.9) == {"min_score": 0.9, "f1": 0, "precision": None, "recall": 0}
+    assert scores_at(scores, status, 0, 0.95) == {"min_score": 0.95, "f1": None, "precision": None, "recall": None}
+
+
+def test_a_score_of_the_threshold_is_below_it_everywhere():
+    """Equal in float32 is equal, in decoding, at a score, in confusions and at the best F1; the next float is above."""
+    above = float(np.nextafter(np.float32(0.4), np.float32(1)))
+    for scores, kept in (([0.4, float(np.float32(0.4)), 0.4 + 1e-9], 0), ([0.4, above, above], 2)):
+        assert above_score(torch.tensor(scores, dtype=torch.float32), 0.4).sum() == kept
+        data_list = make_list([[(BOX, 1, False, False)]] * 3)
+        found = make_detections([[(BOX, 0, 1)]] * 3)
+        for one, score in zip(found, scores, strict=True):
+            one["scores"] = torch.tensor([score], dtype=torch.float64)
+        ranked = rank(data_list, found)
+        status = match_voc(data_list, ranked)
+        assert scores_at(ranked.scores, status, 3, 0.4)["recall"] == kept / 3
+        assert confusion(data_list, ranked, find_errors(data_list, ranked), 0.4)[1, 1] == kept
+    assert best_f1(np.array([-0.5, -0.5]), np.array([1, 1], dtype=np.int8), 2)["recall"] == 1
 
 
 def test_numbers_or_none_but_no_crash():

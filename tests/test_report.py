@@ -8,7 +8,7 @@ from PIL import Image
 from test_metrics import make_detections, make_list
 
 from fpnssd.data.data_list import DataList
-from fpnssd.evaluation.metrics import rank, score
+from fpnssd.evaluation.metrics import compute_metrics, rank
 from fpnssd.evaluation.report import draw_curves, main, read_log, view_around, write_report
 from utils import InputError
 
@@ -68,7 +68,7 @@ def report(drawn, tmp_path_factory):
         detections.append({"boxes": boxes, "scores": torch.linspace(0.9, 0.3, len(boxes)), "labels": labels})
     path = tmp_path_factory.mktemp("report") / "report.html"
     ranked = rank(data_list, detections)
-    metrics = score(data_list, ranked) | TOLD | {"intervals": {"coco_ap": (0.123, 0.456)}}
+    metrics = compute_metrics(data_list, ranked) | TOLD | {"intervals": {"coco_ap": (0.123, 0.456)}}
     write_report(path, data_list, ranked, metrics)
     return path, metrics
 
@@ -98,7 +98,7 @@ def test_names_are_text_in_a_report(tmp_path):
     data_list.classes = ("<script>alert(1)</script>", "$a_1$", "empty")
     data_list.file_names = ["<img src=x>.jpg"]
     ranked = rank(data_list, make_detections([[((10, 10, 110, 110), 0.9, 2)]]))
-    write_report(tmp_path / "r.html", data_list, ranked, score(data_list, ranked) | TOLD)
+    write_report(tmp_path / "r.html", data_list, ranked, compute_metrics(data_list, ranked) | TOLD)
     html = (tmp_path / "r.html").read_text()
     assert "<script>" not in html
     assert "<img src=x>" not in html
@@ -112,7 +112,7 @@ def test_reports_of_nothing(tmp_path):
     for objects in ([[]], [[((10, 10, 110, 110), 1, False, False)]]):
         data_list = make_list(objects)
         ranked = rank(data_list, make_detections([[]]))
-        write_report(tmp_path / "r.html", data_list, ranked, score(data_list, ranked) | TOLD)
+        write_report(tmp_path / "r.html", data_list, ranked, compute_metrics(data_list, ranked) | TOLD)
         html = (tmp_path / "r.html").read_text()
         assert ("there are no numbers" in html) == (objects == [[]])
 

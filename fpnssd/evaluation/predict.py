@@ -15,13 +15,12 @@ from tqdm import tqdm
 from datasets import DetectionDataset, make_loader
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
-from fpnssd.evaluation.metrics import compute_metrics
+from fpnssd.evaluation.metrics import ImageDetections, compute_metrics
 from fpnssd.inference.detector import Detector
 from fpnssd.training import distributed
 from model import EVALUATION, postprocess
 from utils import InputError
 
-ImageDetections = dict[str, torch.Tensor]  # of one image: boxes (m, 4), scores (m,), labels (m,), best first
 PredictFn = Callable[[torch.Tensor, Sequence[tuple[int, int]]], list[ImageDetections]]
 
 

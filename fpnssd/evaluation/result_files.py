@@ -1,7 +1,7 @@
-"""Detections as files: COCO's result format, ours and other detectors', and what VOC's server takes.
+"""Detections of a whole data list as files: COCO's result format and the files of VOC's evaluation server.
 
 write_coco("detections.json", data_list, detections)
-detections, problems = read_coco("detections.json", data_list)
+detections, problems = read_coco("detections.json", data_list)   # of this or any other detector
 write_voc("comp4", data_list, detections, "val")
 """
 
@@ -9,16 +9,25 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from utils import write_text
 
 
-def write_coco(path, data_list, detections):
-    """One dict (boxes, scores, labels) an image -> a JSON list of image_id, category_id, bbox (x, y, w, h), score."""
+def write_coco(path: str | Path, data_list: DataList, detections: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Writes COCO's result format: a JSON list of image_id, category_id, bbox (x, y, width, height), score.
+
+    Args:
+        path: of the file.
+        data_list: whose image and category ids are written.
+        detections: one dict (boxes, scores, labels) an image, in the order of the data list.
+    """
     rows = []
     for index, result in enumerate(detections):
         image_id = data_list.image_id(index)
@@ -29,13 +38,23 @@ def write_coco(path, data_list, detections):
     write_text(path, json.dumps(rows), "COCO results")
 
 
-def write_voc(folder, data_list, detections, split):
-    """comp4_det_SPLIT_CLASS.txt for each class: image name, score, 1-based inclusive xmin, ymin, xmax, ymax.
+def write_voc(
+    folder: str | Path, data_list: DataList, detections: Sequence[dict[str, torch.Tensor]], split: str
+) -> None:
+    """Writes comp4_det_SPLIT_CLASS.txt for each class, as VOC's evaluation server takes them: a line a detection with
+    image name, score, and xmin, ymin, xmax, ymax counted from 1.
 
-    DataError, with nothing written, if two classes have one file name (a/b and a:b).
+    Args:
+        folder: of the files.
+        data_list: the images.
+        detections: one dict (boxes, scores, labels) an image, in the order of the data list.
+        split: for the files' names.
+
+    Raises:
+        DataError: if two classes (as a/b and a:b) would have one file name; nothing is written then.
     """
     paths = voc_result_paths(folder, data_list, split)
-    lines = {label: [] for label in range(1, len(data_list.classes) + 1)}
+    lines: dict[int, list[str]] = {label: [] for label in paths.values()}
     for index, result in enumerate(detections):
         name = Path(data_list.file_names[index]).stem
         for (x0, y0, x1, y1), score, label in _rows(result):
@@ -44,9 +63,9 @@ def write_voc(folder, data_list, detections, split):
         write_text(path, "".join(lines[label]), "VOC results")
 
 
-def voc_result_paths(folder, data_list, split):
-    """{the path that write_voc writes: label} of each class."""
-    paths = {}
+def voc_result_paths(folder: str | Path, data_list: DataList, split: str) -> dict[Path, int]:
+    """The file that write_voc writes for each class, with the class's label; raises as write_voc."""
+    paths: dict[Path, int] = {}
     for label, name in enumerate(data_list.classes, start=1):
         path = Path(folder) / f"comp4_det_{split}_{file_name_of(name)}.txt"
         if path in paths:
@@ -56,32 +75,46 @@ def voc_result_paths(folder, data_list, split):
     return paths
 
 
-def file_name_of(text):
-    """A text, as a class's name, as a file name of any system: what has a meaning in paths becomes an underscore."""
+def file_name_of(text: str) -> str:
+    """A text, such as a class name, as a file name: characters that are special in paths become underscores."""
     return re.sub(r"[^\w .+-]", "_", text).strip(" .") or "_"
 
 
-def _rows(result):
+def _rows(result: dict[str, torch.Tensor]) -> Iterator[tuple[list[float], float, int]]:
+    """(box, score, label) of each detection, as builtins."""
     return zip(
         result["boxes"].double().tolist(), result["scores"].double().tolist(), result["labels"].tolist(), strict=True
     )
 
 
-def read_coco(path, data_list, skip_bad=False):
-    """(one dict an image in the list's order, best first; {what is wrong: how many}).
+def read_coco(
+    path: str | Path, data_list: DataList, skip_bad: bool = False
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, int]]:
+    """Reads detections in COCO's result format.
 
-    DataError names what is wrong with the file, and with the first bad detection unless these are to be skipped.
+    Args:
+        path: of a JSON list, in any order.
+        data_list: whose image and category ids the file uses.
+        skip_bad: leave invalid detections out instead of raising.
+
+    Returns:
+        One dict (boxes, scores, labels) an image, in the order of the data list and best first; and how many
+        detections were left out, by reason.
+
+    Raises:
+        DataError: names what is wrong with the file, with the number and content of the first invalid detection.
     """
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} is no list of detections in COCO's result format, but a {type(rows).__name__}")
     row_of = {data_list.image_id(index): index for index in range(len(data_list))}
     label_of = {category_id: label for label, category_id in enumerate(data_list.category_ids, start=1)}
-    found = [[] for _ in range(len(data_list))]
-    problems, first = Counter(), {}
+    kept: list[list[tuple[float, tuple[float, ...], int]]] = [[] for _ in range(len(data_list))]
+    problems: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for number, row in enumerate(rows):
         problem = _problem(row, row_of, label_of)
         if problem:
@@ -90,18 +123,18 @@ def read_coco(path, data_list, skip_bad=False):
             continue
         x, y, width, height = row["bbox"]
         box = (x, y, x + width, y + height)
-        found[row_of[row["image_id"]]].append((row["score"], box, label_of[row["category_id"]]))
+        kept[row_of[row["image_id"]]].append((row["score"], box, label_of[row["category_id"]]))
     if problems and not skip_bad:
-        told = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
+        reasons = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
         categories = ", ".join(f"{k} {name}" for k, name in zip(data_list.category_ids, data_list.classes, strict=True))
         raise DataError(
-            f"{path}: {told}. {data_list.path} has {len(data_list)} images and the categories {categories:.300}. "
+            f"{path}: {reasons}. {data_list.path} has {len(data_list)} images and the categories {categories:.300}. "
             "--skip-bad scores the rest"
         )
-    return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in found], dict(problems)
+    return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in kept], dict(problems)
 
 
-def _problem(row, row_of, label_of):
+def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int, int]) -> str | None:
     """What is wrong with a detection, or None."""
     try:
         numbers = [*row["bbox"], row["score"]]
@@ -115,12 +148,14 @@ def _problem(row, row_of, label_of):
             return "unknown image_id"
         if row["category_id"] not in label_of:
             return "unknown category_id"
+    except OverflowError:
+        return "not a finite number"
     except (KeyError, TypeError):
         return "not a dict of image_id, category_id, bbox, score"
     return None
 
 
-def _as_tensors(rows):
+def _as_tensors(rows: list[tuple[float, tuple[float, ...], int]]) -> dict[str, torch.Tensor]:
     return {
         "boxes": torch.tensor([box for _, box, _ in rows], dtype=torch.float64).reshape(-1, 4),
         "scores": torch.tensor([score for score, _, _ in rows], dtype=torch.float64),
