@@ -151,7 +151,7 @@ def test_a_missing_label_file_is_no_empty_one(tmp_path):
     assert sum(map(len, objects["train"].values())) == 1
     assert sorted(kinds) == ["folder without label files", *["image without a label file"] * 3, "label file is empty"]
     where = next(p.where for p in found[0].problems if p.kind == "folder without label files")
-    assert where == f"{tmp_path / 'images' / 'night'}: 2 images, as d.jpg"
+    assert where == f"{tmp_path / 'images' / 'night'}: none of its 2 images"
     _, kinds, _ = read_all(tmp_path / "data.yaml", unlabelled=True)
     assert "folder without label files" not in kinds
 
@@ -266,6 +266,24 @@ def test_links_are_followed_once_and_junk_is_counted(tmp_path, capsys):
     assert read_all(tmp_path / "data.yaml")[:2] == ({"train": {"images/a.jpg": ["dog"]}}, [])
     said = "train: files that are no images are passed over: 1 x ._*, 1 x .ipynb_checkpoints, 1 x .psd, 1 x Thumbs.db"
     assert said in capsys.readouterr().out
+
+
+def test_labels_may_lie_where_a_linked_folder_leads_to(tmp_path):
+    write_files(
+        tmp_path, {"disk/images/a.jpg": "", "disk/labels/a.txt": LABEL, "set/data.yaml": YAML + "train: images\n"}
+    )
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "disk" / "images")
+    assert read_all(tmp_path / "set")[:2] == ({"train": {"images/a.jpg": ["dog"]}}, [])
+
+
+def test_listed_images_that_are_missing(tmp_path):
+    """One is left out later, when it is opened; a list of none but these is an export without images."""
+    write_files(tmp_path, {"images/a.jpg": "", "labels/a.txt": LABEL, "t.txt": "images/a.jpg\nimages/b.jpg\n"})
+    write_files(tmp_path, {"data.yaml": YAML + "train: t.txt\n"})
+    assert read_all(tmp_path)[:2] == ({"train": {"images/a.jpg": ["dog"], "images/b.jpg": []}}, [])
+    (tmp_path / "images" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"t\.txt lists 2 images, none of which is there, as .*images/a\.jpg"):
+        read_all(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -58,8 +58,9 @@ def read_yolo(
         for file in labels:
             survey.add(file)
     _check_survey(survey, config)
+    folders = [finder.folders_of(part) for part in images.values()]
     for file in finder.without_image():
-        owner = next((split for split in splits if file.parent in finder.folders_of(images[split.name])), splits[0])
+        owner = next(split for split, its in zip(splits, folders, strict=True) if file.parent in its)
         owner.problems.append(Problem("label file without an image", str(file)))
     return splits, {name: number for number, name in config.classes.items()}
 
@@ -94,17 +95,19 @@ def _read_split(
         files = finder.find(image)
         split.records.append(partial(read_record, image, files[0] if files else None, root, config))
         if not files:
-            without.append(image)
+            if image.is_file():  # one that is missing is a problem of its own
+                without.append(image)
             continue
         labels[files[0]] += 1
         if any(not filecmp.cmp(files[0], other, shallow=False) for other in files[1:]):
             split.problems.append(Problem("label files in two places differ", ", ".join(map(str, files))))
     if not labels and not unlabelled:
-        places = ", ".join(map(str, finder.places(without[0])))
+        example = next(iter(counts))
+        places = ", ".join(map(str, finder.places(example)))
         strays = finder.without_image()
         hint = f". {len(strays)} label files have no image of their name, as {strays[0]}" if strays else ""
         raise DataError(
-            f"split {name!r}: none of its {len(counts)} images has a label file. For {without[0]} these were looked "
+            f"split {name!r}: none of its {len(counts)} images has a label file. For {example} these were looked "
             f"for: {places}{hint}. If the images are meant to have none, pass --unlabelled"
         )
     split.problems += [Problem("label file of two images", str(file)) for file, count in labels.items() if count > 1]
@@ -112,10 +115,9 @@ def _read_split(
     if not unlabelled:
         missing, there = (Counter(image.parent for image in some) for some in (without, counts))
         split.problems += [
-            Problem("folder without label files", f"{folder}: {count} images, as {folder_image}")
+            Problem("folder without label files", f"{folder}: none of its {count} images")
             for folder, count in missing.items()
             if 1 < count == there[folder]
-            for folder_image in [next(image.name for image in without if image.parent == folder)]
         ]
     return split, list(labels)
 

@@ -86,6 +86,8 @@ class YoloConfig:
                 passed_over += others_there
             else:
                 part = listed_images(path, self.folders)
+                if part and not any(image.is_file() for image in part):
+                    raise DataError(f"{path} lists {len(part)} images, none of which is there, as {part[0]}")
             images += part
         if not images:
             endings = ", ".join(f"{count} x {ending}" for ending, count in passed_over.most_common(5))
@@ -203,7 +205,8 @@ def load_yaml(path: Path):
         _check_yaml(path, text)
         return yaml.load(text, _WordLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is no data.yaml with `names`: {error!s:.300}") from error
+        reason = " ".join(str(error).split())  # PyYAML's take several lines
+        raise DataError(f"{path} is no data.yaml with `names`: {reason:.300}") from error
 
 
 def _check_yaml(path: Path, text: str) -> None:
@@ -280,7 +283,7 @@ def check_classes(path: Path, pairs: Iterable[tuple[int, str]], count: str | Non
         classes[number] = name.strip()
     if not classes:
         raise DataError(f"{path} names no class")
-    if isinstance(count, str) and count.isdecimal() and int(count) != len(classes):
+    if isinstance(count, str) and count.isdecimal() and int(count) not in (len(classes), max(classes) + 1):
         raise DataError(f"{path} says {count} classes and names {len(classes)}")
     return classes
 

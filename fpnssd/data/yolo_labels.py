@@ -16,7 +16,7 @@ class LabelFinder:
     The label file of root/a/images/b/x.jpg is x.txt, or x.jpg.txt, in the first of these folders that has it:
     root/a/labels/b, for the last part of the path that is called images, imgs, JPEGImages or the like, in any case;
     the same with any other part in place of `images`, from the last to the first; a folder `labels` beside the image;
-    the image's own folder; root/a/labels. Parts of the root itself do not count.
+    the image's own folder; root/a/labels; the same where a link leads to. Parts of the root itself do not count.
     """
 
     def __init__(self, root: Path):
@@ -84,6 +84,8 @@ class LabelFinder:
                     nested.append(labels.joinpath(*parts[index + 1 :]))
                     flat.append(labels)
             nested += [*_label_folders(folder), folder]
+            if (real := Path(os.path.realpath(folder))) != folder:  # a link, whose labels may lie where it leads to
+                flat += self._folders_of(real)
             for labels in nested:
                 if labels.is_dir():
                     self._sources[labels].add(folder)
