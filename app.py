@@ -19,8 +19,8 @@ Errors are {"error": message} with a 4xx status.
 """
 
 import argparse
-import contextlib
 import io
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -81,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     app = build_app(Service(detector, limits), [*OWN_NAMES, args.host, *args.allowed_host])
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        make_server(app).run(sockets=[listener])
+    make_server(app).run(sockets=[listener])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -261,4 +260,5 @@ def example_pictures() -> list[Path]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as SIGTERM does: no traceback, no slow teardown
     main()

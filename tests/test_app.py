@@ -428,46 +428,63 @@ def test_client_that_gives_up_leaves_no_traceback(server, sent, caplog, capfd, m
     assert "Traceback" not in capfd.readouterr().err
 
 
+FORK_SERVERS = """
+import os, runpy, sys, time
+import app
+from fpnssd.data import images
+load_image = images.load_image
+def load_slowly(data, *args):
+    if data == b"HANG":
+        time.sleep(1000)
+    return load_image(data, *args)
+images.load_image = load_slowly
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        print(os.getpid(), flush=True)
+        runpy.run_path("app.py", run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher(checkpoint):
+    """A process that starts app.py for each line that it reads, as a process of its own, and waits for its end."""
+    options = ["--checkpoint", str(checkpoint), "--port", "0", "--max-mb", "5", "--runtime", "torch"]
+    with open(checkpoint.parent / "errors.txt", "w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FORK_SERVERS, *options], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+        yield SimpleNamespace(stdin=process.stdin, stdout=process.stdout, errors=errors)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_server_within_seconds(checkpoint, sent, number):
+def test_signals_end_the_server_within_seconds(launcher, sent, number):
     """While clients are connected, send slowly (40 of them cost little memory), and the network runs for ever."""
-    code = (
-        "import sys, time, app\n"
-        "run_network = app.Service.run_network\n"
-        "def run(service, data, name):\n"
-        "    if data[:4] == b'HANG': time.sleep(1000)\n"
-        "    return run_network(service, data, name)\n"
-        "app.Service.run_network = run\n"
-        "app.main(sys.argv[1:])\n"
-    )
-    options = ["--checkpoint", checkpoint, "--port", "0", "--max-mb", "5", "--runtime", "torch"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        url = process.stdout.readline().split()[0]
-        server = SimpleNamespace(url=url, address=("127.0.0.1", int(url.rpartition(":")[2])))
-        assert post(server, sent)[0] == 200
-        before = resident_bytes(process.pid)
-        clients = [connect(server, body_head(5_000_000) + bytes(4_900_000)) for _ in range(40)]
-        assert post(server, sent)[0] == 200
-        assert resident_bytes(process.pid) - before < 80e6  # they sent 196 MB
-        clients += [
-            connect(server, head) for head in (b"", b"GET / HT", b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        ]
-        if number == signal.SIGTERM:
-            clients.append(connect(server, body_head(4) + b"HANG"))
-            time.sleep(0.3)
-        start = time.monotonic()
-        process.send_signal(number)
-        errors = process.communicate(timeout=20)[1]
-        assert time.monotonic() - start < 5
-        assert process.returncode in (0, -number, 128 + number)
-        assert "Traceback" not in errors
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    print("start", file=launcher.stdin, flush=True)
+    pid, url = int(launcher.stdout.readline()), launcher.stdout.readline().split()[0]
+    server = SimpleNamespace(url=url, address=("127.0.0.1", int(url.rpartition(":")[2])))
+    assert post(server, sent)[0] == 200
+    before = resident_bytes(pid)
+    clients = [connect(server, body_head(5_000_000) + bytes(4_900_000)) for _ in range(40)]
+    assert post(server, sent)[0] == 200
+    assert resident_bytes(pid) - before < 80e6  # they sent 196 MB
+    clients += [
+        connect(server, head) for head in (b"", b"GET / HT", b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    ]
+    if number == signal.SIGTERM:
+        clients.append(connect(server, body_head(4) + b"HANG"))
+        time.sleep(0.3)
+    start = time.monotonic()
+    os.kill(pid, number)
+    assert int(launcher.stdout.readline()) in (-number, 128 + number)
+    assert time.monotonic() - start < 5
+    launcher.errors.seek(0)
+    assert "Traceback" not in launcher.errors.read()
 
 
 def test_limits_beyond_what_pictures_may_have_are_refused(capsys):
@@ -478,7 +495,7 @@ def test_limits_beyond_what_pictures_may_have_are_refused(capsys):
 
 
 def test_port_that_is_taken_is_named(server, checkpoint):
-    with pytest.raises(SystemExit, match=r"app: cannot listen on 127.0.0.1, port \d+: .*in use.*--port"):
+    with pytest.raises(SystemExit, match=r"app: cannot listen on 127.0.0.1, port \d+ .*--port.*in use"):
         app.main(["--checkpoint", str(checkpoint), "--port", str(server.address[1])])
 
 

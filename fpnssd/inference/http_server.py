@@ -228,8 +228,10 @@ def make_server(app: ASGIApp) -> Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; InputError if there can be none. Port 0 is any free one."""
+    """A listening socket; port 0 is any free one. InputError if there can be none."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {host}, port {port}: {error} (--host, --port)") from None
+        code = getattr(error, "errno", None) or 0
+        reason = os.strerror(code) if code > 0 else error
+        raise InputError(f"cannot listen on {host}, port {port} (--host, --port): {reason}") from None
