@@ -266,8 +266,8 @@ def report(args, clients, attackers, idle, memory, end_seconds):
     tenth = len(memory) // 10
     early, late = statistics.median(memory[tenth : 2 * tenth]), statistics.median(memory[-tenth:])
     print(
-        f"resident MB: {idle:.0f} idle, {early:.0f} in the second tenth, {late:.0f} in the last ({late / early:.3f} of it, "
-        f"at most {MAX_GROWTH}), {max(memory):.0f} at most"
+        f"resident MB: {idle:.0f} idle, {early:.0f} in the second tenth, {late:.0f} in the last ({late / early:.3f} of "
+        f"it, at most {MAX_GROWTH}), {max(memory):.0f} at most"
     )
     print(f"Ctrl-C ended the server in {end_seconds:.1f} s" + (f"; attackers got {got_in}" if got_in else ""))
     return 1 if failures or got_in or late > MAX_GROWTH * early or end_seconds > MAX_END_SECONDS else 0
