@@ -180,12 +180,14 @@ def check_losses(split: Split, unlabelled: bool = False, allow_loss: bool = Fals
     """
     kinds = Counter(problem.kind for problem in split.problems)
     kept = sum(len(image.objects) for image in split.images)
+    crowds = sum(one.crowd for image in split.images for one in image.objects)
     # Objects of classes that were not chosen are no loss, nor are second copies of an object.
     wanted = split.annotated - kinds["class that was not chosen"] - kinds["object twice"]
-    if not kept and not unlabelled:
+    if kept == crowds and not unlabelled:
+        but = f" but {crowds} crowds, which teach nothing" if crowds else ""
         raise DataError(
-            f"{split.name} has no objects ({split.annotated} were annotated), so no list was written{reasons(split)}. "
-            "If its images are meant to have none, pass --unlabelled"
+            f"{split.name} has no objects{but} ({split.annotated} were annotated), so no list was written"
+            f"{reasons(split)}. If its images are meant to have none, pass --unlabelled"
         )
     for what, lost, total in (("objects", wanted - kept, wanted), ("annotations", split.unread, split.given)):
         if lost > total / 2 and not allow_loss:

@@ -439,8 +439,8 @@ def load_lists(config):
     check_same_classes(train_list.classes, val_list, train_list.path)
     if len(train_list) < distributed.num_processes():
         raise DataError(f"{train_list.path} has {len(train_list)} images, too few to train on")
-    if len(train_list.boxes) == 0:
-        raise DataError(f"{train_list.path} has no objects: a network would learn background alone from it")
+    if train_list.crowd.all():
+        raise DataError(f"{train_list.path} has no objects but crowds: a network would learn background alone from it")
     return train_list, val_list
 
 

@@ -18,13 +18,14 @@ import train as train_module
 from create_data_lists import create_data_lists
 from fpnssd.data.augment import NO_AUGMENTATION
 from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError
 from fpnssd.data.voc import read_voc
 from fpnssd.evaluation.predict import Predictor, evaluate
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training.config import PRESETS, TrainConfig
 from fpnssd.training.progress import StopOnSignal
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
-from train import main, train
+from train import load_lists, main, train
 
 
 def test_a_run_from_lists_to_files(drawn, in_tmp, capsys):
@@ -170,6 +171,16 @@ def test_train_and_val_of_other_classes(drawn, in_tmp):
         Path(f"{split}.json").write_text(text)
     with pytest.raises(SystemExit, match="evaluate on a list made with the same classes"):
         main(["--set", *TINY, "data=.", "name=a"])
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_a_training_list_without_objects_is_refused(drawn, in_tmp, crowds):
+    shutil.copytree(drawn, "data")
+    content = json.loads(Path("data/train.json").read_text())
+    entries = [{**entry, "iscrowd": 1} for entry in content["annotations"]] if crowds else []
+    Path("data/train.json").write_text(json.dumps({**content, "annotations": entries}))
+    with pytest.raises(DataError, match=r"train\.json has no objects"):
+        load_lists(tiny_config("data"))
 
 
 @pytest.mark.long
