@@ -16,7 +16,8 @@ from torchvision.ops import box_iou
 
 from create_data_lists import main
 from datasets import DetectionDataset
-from fpnssd.data.checks import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box, default_priors, unmatched_share
+from fpnssd.data.check_report import default_priors, unmatched_share
+from fpnssd.data.checks import ACTIONS, LEFT_OUT, NOTED, REPAIRED, check_box
 from fpnssd.data.data_list import DataList
 from model import FPNSSD, ModelConfig
 

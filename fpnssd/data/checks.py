@@ -1,27 +1,24 @@
-"""Opens every image and looks at every box before training does; what is wrong goes into a table, a JSON and a picture.
+"""Checks images and boxes before they are trained on: `check_image` one image, `finish_splits` all of them together.
 
-`check_image` judges one image, `finish_splits` what only shows in all of them together, `write_report` tells it.
-annotations.py says what there is, create_data_lists.py calls these.
+Every problem has a kind, a key of ACTIONS, and a place. check_report.py prints and draws them.
 """
 
 import hashlib
-import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torchvision.ops import box_convert, box_iou
+from PIL import Image
 
-from fpnssd.data.annotations import Problem, name_problem
+from fpnssd.data.annotations import Problem, RawObject, Record, name_problem
 from fpnssd.data.images import DataError, open_image, orientation, to_rgb, upright
-from model import ModelConfig, make_priors
-from utils import atomic_write, write_text
 
-# What can be wrong, and what is done about it. --strict fails on all but what is only noted.
+Box = tuple[float, float, float, float]
+
+# Kinds of problems, and what is done about each. --strict fails on all but those that are only noted.
 LEFT_OUT = {
     "annotation missing": "image left out",
     "annotation does not parse": "image left out",
@@ -78,29 +75,28 @@ NOTED = {
     "class that was not chosen": "object left out",
 }
 ACTIONS = {**LEFT_OUT, **REPAIRED, **NOTED}
-MOST_MATCHED = 10_000  # objects that are compared with the priors; of more, a sample
 
 
 @dataclass
 class CheckedImage:
-    """What goes into the data list."""
+    """An image as it goes into the data list."""
 
     file_name: str
-    size: tuple  # (height, width), turned by EXIF if apply_exif
+    size: tuple[int, int]  # (height, width), turned by EXIF if apply_exif
     apply_exif: bool
-    objects: list  # of RawObject, boxes in pixels, clipped
+    objects: list[RawObject]  # boxes in pixels, clipped
     digest: bytes  # of the decoded pixels
     image_id: int | str | None
 
 
 @dataclass
 class Split:
-    """What a split's list will hold, and what was wrong on the way."""
+    """A checked split: what its list will hold, and all problems."""
 
     name: str
     image_root: Path
-    images: list  # of CheckedImage
-    problems: list  # of Problem
+    images: list[CheckedImage]
+    problems: list[Problem]
     given: int = 0  # images that the data set names
     unread: int = 0  # of these, the ones whose annotation is missing or cannot be parsed
     annotated: int = 0  # objects in the annotations of the others
@@ -110,8 +106,17 @@ class Split:
 # One image
 
 
-def check_image(record, image_root, image_size=300):
-    """(CheckedImage, or None where it cannot be used; problems). Decodes the image."""
+def check_image(record: Record, image_root: Path, image_size: int = 300) -> tuple[CheckedImage | None, list[Problem]]:
+    """Decodes an image and checks it with its objects.
+
+    Args:
+        record: the image as its annotation describes it.
+        image_root: the folder from which its file name counts.
+        image_size: of the network, in pixels.
+
+    Returns:
+        What goes into the list, None if the image cannot be used; and the problems.
+    """
     problems = list(record.problems)
     path = image_root / record.file_name
     try:
@@ -127,8 +132,8 @@ def check_image(record, image_root, image_size=300):
             pixels = to_rgb(upright(image) if apply_exif else image, str(path))
         size = (pixels.height, pixels.width)
         if record.size not in (None, size):
-            said, found = ("x".join(f"{side:g}" for side in reversed(s)) for s in (record.size, size))
-            sentence = f"{record.annotation} says {said}, {path} is {found}"
+            annotated, actual = ("x".join(f"{side:g}" for side in reversed(s)) for s in (record.size, size))
+            sentence = f"{record.annotation} says {annotated}, {path} is {actual}"
             raise DataError(sentence, "size differs from the annotation's")
     except DataError as error:
         return None, [*problems, Problem(error.kind, str(error))]
@@ -138,8 +143,8 @@ def check_image(record, image_root, image_size=300):
     return CheckedImage(record.file_name, size, apply_exif, objects, digest, record.image_id), problems
 
 
-def kinds_of_image(image):
-    """Which NOTED kinds of image a PIL image, opened but not decoded, is."""
+def kinds_of_image(image: Image.Image) -> Iterator[str]:
+    """Yields the kinds in NOTED that a PIL image is of, which need not be decoded."""
     mode = image.mode
     if mode.startswith("I"):
         yield "16-bit image"
@@ -155,50 +160,64 @@ def kinds_of_image(image):
         yield "animated image"
 
 
-def judge_exif(image, said_size):
-    """(whether the boxes are measured in the image as its EXIF orientation turns it, the problem to name or None).
+def judge_exif(image: Image.Image, annotated_size: tuple[float, float] | None) -> tuple[bool, str | None]:
+    """Decides whether boxes are measured in the image as stored, or as its EXIF orientation turns it.
 
-    The size that an annotation gives tells it, if the turn swaps unlike sides. Without a size, boxes were drawn in a
-    viewer, which turns.
+    The annotation's size tells which, if the turn swaps sides of different lengths. Without a size the boxes were
+    probably drawn in a viewer, which turns images.
+
+    Args:
+        image: a PIL image, which need not be decoded.
+        annotated_size: (height, width), None where the annotation has none.
+
+    Returns:
+        Whether to turn the image; and the kind of problem, None where the image has no orientation.
     """
     turn = orientation(image)
     if turn == 1:
         return False, None
     stored = (image.height, image.width)
     turned = stored[::-1] if turn >= 5 else stored
-    if said_size is None or (said_size == turned and turned != stored):
+    if annotated_size is None or (annotated_size == turned and turned != stored):
         return True, "EXIF rotation applied"
     return False, "EXIF rotation not applied"
 
 
-def check_objects(record, size, image_size):
-    """The record's objects that can be used, boxes in pixels and clipped; and (kind, text) of what is wrong."""
+def check_objects(
+    record: Record, size: tuple[int, int], image_size: int
+) -> tuple[list[RawObject], list[tuple[str, str]]]:
+    """Returns the objects of an image of `size` (height, width) that can be used, boxes in pixels and clipped; and
+    (kind, text) of each problem."""
     height, width = size
     kept, problems, seen = [], [], {}
     for one in record.objects:
-        said = f"{one.name} {one.text or one.box} in {width}x{height}"
+        text = f"{one.name} {one.text or one.box} in {width}x{height}"
         box = tuple(c * s for c, s in zip(one.box, (width, height) * 2, strict=True)) if record.normalized else one.box
         clipped, kind = check_box(box, size)
         if kind:
-            problems.append((kind, said))
+            problems.append((kind, text))
         if clipped is None:
             continue
         others = seen.setdefault(clipped, [])
         if one.name in others:
-            problems.append(("object twice", said))
+            problems.append(("object twice", text))
             continue
         if others:
-            problems.append(("two classes on one box", f"{said}, also {', '.join(others)}"))
+            problems.append(("two classes on one box", f"{text}, also {', '.join(others)}"))
         others.append(one.name)
         x0, y0, x1, y1 = clipped
         if min((x1 - x0) / width, (y1 - y0) / height) * image_size < 1:
-            problems.append(("box under a pixel at network size", said))
+            problems.append(("box under a pixel at network size", text))
         kept.append(one._replace(box=clipped, area=one.area if kind is None else None))
     return kept, problems
 
 
-def check_box(box, size):
-    """xyxy in pixels -> (the box clipped to the image, or None where nothing can be done; the problem or None)."""
+def check_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str | None]:
+    """Checks a box, xyxy in pixels, in an image of `size` (height, width).
+
+    Returns:
+        The box clipped to the image, None if it cannot be used; and the kind of problem or None.
+    """
     if not all(math.isfinite(edge) for edge in box):
         return None, "box not finite"
     x0, y0, x1, y1 = box
@@ -210,7 +229,10 @@ def check_box(box, size):
     clipped = (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         return None, "box outside the image"
-    # What rounding adds is no problem worth a line.
+    corner, sides = np.float32(clipped[:2]), np.float32([clipped[2] - clipped[0], clipped[3] - clipped[1]])
+    if (corner + sides <= corner).any():  # a list's boxes are x, y, width, height, read as float32
+        return None, "box empty"
+    # Rounding in the annotation is no problem.
     moved = max(abs(a - b) for a, b in zip(clipped, box, strict=True))
     return clipped, "box partly outside the image" if moved > 0.01 else None
 
@@ -219,12 +241,19 @@ def check_box(box, size):
 # All images
 
 
-def finish_splits(splits, classes, sources):
-    """What only shows in all images together: twins, classes. Returns new Splits that hold what can be listed.
+def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapping[str, str]) -> list[Split]:
+    """Checks all images together: the same image twice, classes without objects.
 
-    classes: the names that count, in order; sources: name in the annotations -> one of them.
+    Args:
+        splits: in the order of the command line; an image in two of them stays in the later one.
+        classes: names in label order.
+        sources: {name in the annotations: one of `classes`}. Objects of other names are left out.
+
+    Returns:
+        New splits, with what can be listed and all problems.
     """
-    finished, later = [], {}  # digest -> where it is, in the splits behind
+    finished: list[Split] = []
+    later: dict[bytes, str] = {}  # digest of an image -> its place, in the splits behind
     for split in reversed(splits):
         images, problems, seen = [], list(split.problems), {}
         for image in split.images:
@@ -254,154 +283,3 @@ def finish_splits(splits, classes, sources):
         later |= {digest: f"{split.name}'s {file_name}" for digest, file_name in seen.items()}
         finished.append(replace(split, images=images, problems=problems))
     return finished[::-1]
-
-
-def describe_splits(splits, classes, image_size=300):
-    """The report as builtins: counts of each split and class, box sizes and aspects, problems with every place."""
-    report = {"image_size": image_size, "splits": {}, "problems": []}
-    for split in splits:
-        objects = [one for image in split.images for one in image.objects]
-        counts = Counter(one.name for one in objects)
-        report["splits"][split.name] = {
-            "images": len(split.images),
-            "without_objects": sum(not image.objects for image in split.images),
-            "objects": len(objects),
-            "difficult": sum(one.difficult for one in objects),
-            "crowd": sum(one.crowd for one in objects),
-            "classes": {name: counts[name] for name in classes},
-            "boxes": describe_boxes(split, image_size),
-        }
-    places = defaultdict(list)
-    for split in splits:
-        for problem in split.problems:
-            places[problem.kind, split.name].append(problem.where)
-    for kind in ACTIONS:
-        for split in splits:
-            if where := places.get((kind, split.name)):
-                row = {"kind": kind, "split": split.name, "count": len(where), "done": ACTIONS[kind], "where": where}
-                report["problems"].append(row)
-    return report
-
-
-def describe_boxes(split, image_size):
-    """Histograms of the boxes as the network sees them, squashed to a square, and how the priors suit them."""
-    boxes = np.array(
-        [
-            np.divide(one.box, (image.size[1], image.size[0]) * 2)
-            for image in split.images
-            for one in image.objects
-            if not one.crowd
-        ]
-    ).reshape(-1, 4)  # 0..1
-    sides = boxes[:, 2:] - boxes[:, :2]
-    lengths = image_size * np.sqrt(sides.prod(axis=1))
-    aspects = sides[:, 0] / sides[:, 1].clip(min=1e-9)
-    length_edges = [round(image_size * 2 ** (k / 2), 2) for k in range(-16, 1)]  # steps of sqrt 2 up to the whole image
-    aspect_edges = [round(2 ** (k / 2), 3) for k in range(-8, 9)]
-    return {
-        "side_pixels": _histogram(lengths, length_edges),
-        "aspect": _histogram(aspects, aspect_edges),
-        "unmatched_share": unmatched_share(boxes, image_size),
-    }
-
-
-def _histogram(values, edges):
-    """Counts between edges; what lies beyond is counted in the first and the last."""
-    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
-    return {"edges": edges, "counts": counts.tolist()}
-
-
-def default_priors(image_size):
-    """The priors (P, 4), cxcywh in 0..1, of ModelConfig's shapes on maps of strides 8, 16, .. 512."""
-    sides = [math.ceil(image_size / 2**k) for k in range(3, 10)]
-    return make_priors(ModelConfig(classes=("any",), image_size=image_size), [(side, side) for side in sides])
-
-
-def unmatched_share(boxes, image_size, min_overlap=0.5):
-    """Share of boxes (n, 4), xyxy in 0..1, that no prior overlaps by so much; of a sample where there are many."""
-    if len(boxes) == 0:
-        return None
-    if len(boxes) > MOST_MATCHED:
-        boxes = boxes[np.random.default_rng(0).choice(len(boxes), MOST_MATCHED, replace=False)]
-    priors = box_convert(default_priors(image_size), "cxcywh", "xyxy")
-    best = [box_iou(part, priors).amax(dim=1) for part in torch.from_numpy(boxes).float().split(512)]
-    return float((torch.cat(best) < min_overlap).double().mean())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Telling it
-
-
-def format_report(report):
-    """The table: what was wrong, what was done, an example; then what there is."""
-    lines = []
-    if report["problems"]:
-        rows = [
-            (row["split"], row["kind"], str(row["count"]), row["done"], _shortened(row["where"][0]))
-            for row in report["problems"]
-        ]
-        lines += _table([("split", "found", "count", "what is done", "for example"), *rows]) + [""]
-    else:
-        lines += ["nothing wrong was found", ""]
-    names = ("images", "without_objects", "objects", "difficult", "crowd")
-    rows = [(split, *(str(part[name]) for name in names)) for split, part in report["splits"].items()]
-    lines += _table([("split", *(name.replace("_", " ") for name in names)), *rows]) + [""]
-    splits = report["splits"].values()
-    classes = next(iter(splits))["classes"]
-    rows = [(name, *(str(part["classes"][name]) for part in splits)) for name in classes]
-    lines += _table([("class", *report["splits"]), *rows]) + [""]
-    for split, part in report["splits"].items():
-        share = part["boxes"]["unmatched_share"]
-        if share is not None:
-            lines.append(f"{split}: no prior overlaps {100 * share:.1f} % of the objects by 0.5 or more")
-    return "\n".join(lines)
-
-
-def _shortened(text, most=110):
-    return text if len(text) <= most else f"{text[: most // 2 - 2]} .. {text[-most // 2 + 2 :]}"
-
-
-def _table(rows):
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def draw_report(report, path):
-    """The histograms as a picture: classes, sizes and aspects, with the priors' scales and ratios as lines."""
-    from matplotlib.figure import Figure  # here, because it takes a second
-
-    config = ModelConfig(classes=("any",), image_size=report["image_size"])
-    ratios = sorted({1.0, *(r for level in config.aspect_ratios for ratio in level for r in (ratio, 1 / ratio))})
-    classes = list(next(iter(report["splits"].values()))["classes"])
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    by_class, by_side, by_aspect = figure.subplots(1, 3)
-    for number, (split, part) in enumerate(report["splits"].items()):
-        places = np.arange(len(classes)) + 0.8 * (number / len(report["splits"]) - 0.5)
-        counts = [part["classes"][name] for name in classes]
-        by_class.barh(places, counts, 0.8 / len(report["splits"]), align="edge", label=split)
-        for axis, name in ((by_side, "side_pixels"), (by_aspect, "aspect")):
-            histogram = part["boxes"][name]
-            total = max(1, sum(histogram["counts"]))
-            axis.stairs([c / total for c in histogram["counts"]], histogram["edges"], label=split, linewidth=2)
-    by_class.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) < 40 else 3)
-    by_class.invert_yaxis()
-    by_class.set(xscale="symlog", title="objects of each class")
-    by_class.legend()
-    sides = [scale * report["image_size"] for scale in config.scales]
-    for axis, lines in ((by_side, sides), (by_aspect, ratios)):
-        for line in lines:
-            axis.axvline(line, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", ylabel="share of objects")
-    by_side.set(title=f"sqrt(area) in pixels at {report['image_size']}; dotted: the priors' scales")
-    by_aspect.set(title="width / height; dotted: the priors' ratios")
-    for axis in (by_side, by_aspect):
-        axis.set_xticks(axis.get_xticks(), minor=False)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    with atomic_write(path, "picture") as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def write_report(report, out):
-    """check.json and check.png in the folder `out`."""
-    write_text(out / "check.json", json.dumps(report, indent=1), "check")
-    draw_report(report, out / "check.png")

@@ -1,0 +1,186 @@
+"""The report of a data set's check: a table, check.json and check.png.
+
+Counts of each split and class, box sizes and aspects as the network sees them, every problem with every place.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou
+
+from fpnssd.data.checks import ACTIONS, Split
+from model import ModelConfig, make_priors
+from utils import atomic_write, write_text
+
+MOST_MATCHED = 10_000  # objects that are compared with the priors; of more, a sample
+
+Report = dict[str, Any]
+
+
+def describe_splits(splits: Sequence[Split], classes: Sequence[str], image_size: int = 300) -> Report:
+    """Returns the report as check.json holds it.
+
+    Args:
+        splits: checked, as `checks.finish_splits` returns them.
+        classes: names in label order.
+        image_size: of the network, in pixels.
+    """
+    report = {"image_size": image_size, "splits": {}, "problems": []}
+    for split in splits:
+        objects = [one for image in split.images for one in image.objects]
+        counts = Counter(one.name for one in objects)
+        report["splits"][split.name] = {
+            "images": len(split.images),
+            "without_objects": sum(not image.objects for image in split.images),
+            "objects": len(objects),
+            "difficult": sum(one.difficult for one in objects),
+            "crowd": sum(one.crowd for one in objects),
+            "classes": {name: counts[name] for name in classes},
+            "boxes": describe_boxes(split, image_size),
+        }
+    places = defaultdict(list)
+    for split in splits:
+        for problem in split.problems:
+            places[problem.kind, split.name].append(problem.where)
+    for kind in ACTIONS:
+        for split in splits:
+            if where := places.get((kind, split.name)):
+                row = {"kind": kind, "split": split.name, "count": len(where), "done": ACTIONS[kind], "where": where}
+                report["problems"].append(row)
+    return report
+
+
+def describe_boxes(split: Split, image_size: int) -> Report:
+    """Histograms of the boxes in images resized to a square, without crowds; and the share that no prior matches."""
+    boxes = np.array(
+        [
+            np.divide(one.box, (image.size[1], image.size[0]) * 2)
+            for image in split.images
+            for one in image.objects
+            if not one.crowd
+        ]
+    ).reshape(-1, 4)  # 0..1
+    sides = boxes[:, 2:] - boxes[:, :2]
+    lengths = image_size * np.sqrt(sides.prod(axis=1))
+    aspects = sides[:, 0] / sides[:, 1].clip(min=1e-9)
+    length_edges = [round(image_size * 2 ** (k / 2), 2) for k in range(-16, 1)]  # steps of sqrt 2 up to the whole image
+    aspect_edges = [round(2 ** (k / 2), 3) for k in range(-8, 9)]
+    return {
+        "side_pixels": _histogram(lengths, length_edges),
+        "aspect": _histogram(aspects, aspect_edges),
+        "unmatched_share": unmatched_share(boxes, image_size),
+    }
+
+
+def _histogram(values: np.ndarray, edges: Sequence[float]) -> Report:
+    """Counts between edges; values beyond them count in the first and the last."""
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+    return {"edges": edges, "counts": counts.tolist()}
+
+
+def default_priors(image_size: int) -> torch.Tensor:
+    """The priors (P, 4), cxcywh in 0..1, of ModelConfig's shapes on maps of strides 8, 16, .. 512."""
+    sides = [math.ceil(image_size / 2**k) for k in range(3, 10)]
+    return make_priors(ModelConfig(classes=("any",), image_size=image_size), [(side, side) for side in sides])
+
+
+def unmatched_share(boxes: np.ndarray, image_size: int, min_iou: float = 0.5) -> float | None:
+    """Share of boxes that have an IoU of `min_iou` with no prior; of a sample where there are many; None without boxes.
+
+    Args:
+        boxes: (n, 4), xyxy in 0..1 of the image.
+        image_size: of the network, in pixels.
+        min_iou: the IoU from which a prior is matched to a box.
+    """
+    if len(boxes) == 0:
+        return None
+    if len(boxes) > MOST_MATCHED:
+        boxes = boxes[np.random.default_rng(0).choice(len(boxes), MOST_MATCHED, replace=False)]
+    priors = box_convert(default_priors(image_size), "cxcywh", "xyxy")
+    best = [box_iou(part, priors).amax(dim=1) for part in torch.from_numpy(boxes).float().split(512)]
+    return float((torch.cat(best) < min_iou).double().mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table, the file and the picture
+
+
+def format_report(report: Report) -> str:
+    """Tables for the terminal: problems, what was done, an example; then images and objects of splits and classes."""
+    lines = []
+    if report["problems"]:
+        rows = [
+            (row["split"], row["kind"], str(row["count"]), row["done"], _shortened(row["where"][0]))
+            for row in report["problems"]
+        ]
+        lines += _table([("split", "problem", "count", "what is done", "for example"), *rows]) + [""]
+    else:
+        lines += ["nothing wrong was found", ""]
+    names = ("images", "without_objects", "objects", "difficult", "crowd")
+    rows = [(split, *(str(part[name]) for name in names)) for split, part in report["splits"].items()]
+    lines += _table([("split", *(name.replace("_", " ") for name in names)), *rows]) + [""]
+    splits = report["splits"].values()
+    classes = next(iter(splits))["classes"]
+    rows = [(name, *(str(part["classes"][name]) for part in splits)) for name in classes]
+    lines += _table([("class", *report["splits"]), *rows]) + [""]
+    for split, part in report["splits"].items():
+        share = part["boxes"]["unmatched_share"]
+        if share is not None:
+            lines.append(f"{split}: {100 * share:.1f} % of the objects have no prior with an IoU of 0.5 or more")
+    return "\n".join(lines)
+
+
+def _shortened(text: str, most: int = 110) -> str:
+    return text if len(text) <= most else f"{text[: most // 2 - 2]} .. {text[-most // 2 + 2 :]}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def draw_report(report: Report, path: Path) -> None:
+    """Draws the histograms of classes, sizes and aspects, with the priors' scales and ratios as dotted lines."""
+    from matplotlib.figure import Figure  # here, because it takes a second
+
+    config = ModelConfig(classes=("any",), image_size=report["image_size"])
+    ratios = sorted({1.0, *(r for level in config.aspect_ratios for ratio in level for r in (ratio, 1 / ratio))})
+    classes = list(next(iter(report["splits"].values()))["classes"])
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    by_class, by_side, by_aspect = figure.subplots(1, 3)
+    for number, (split, part) in enumerate(report["splits"].items()):
+        places = np.arange(len(classes)) + 0.8 * (number / len(report["splits"]) - 0.5)
+        counts = [part["classes"][name] for name in classes]
+        by_class.barh(places, counts, 0.8 / len(report["splits"]), align="edge", label=split)
+        for axis, name in ((by_side, "side_pixels"), (by_aspect, "aspect")):
+            histogram = part["boxes"][name]
+            total = max(1, sum(histogram["counts"]))
+            axis.stairs([c / total for c in histogram["counts"]], histogram["edges"], label=split, linewidth=2)
+    by_class.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) < 40 else 3)
+    by_class.invert_yaxis()
+    by_class.set(xscale="symlog", title="objects of each class")
+    by_class.legend()
+    sides = [scale * report["image_size"] for scale in config.scales]
+    for axis, lines in ((by_side, sides), (by_aspect, ratios)):
+        for line in lines:
+            axis.axvline(line, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", ylabel="share of objects")
+    by_side.set(title=f"sqrt(area) in pixels at {report['image_size']}; dotted: the priors' scales")
+    by_aspect.set(title="width / height; dotted: the priors' ratios")
+    for axis in (by_side, by_aspect):
+        axis.set_xticks(axis.get_xticks(), minor=False)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    with atomic_write(path, "picture") as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def write_report(report: Report, out: Path) -> None:
+    """Writes check.json and check.png in the folder `out`."""
+    write_text(out / "check.json", json.dumps(report, indent=1), "check")
+    draw_report(report, out / "check.png")
