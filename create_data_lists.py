@@ -1,4 +1,4 @@
-"""A VOC, COCO or YOLO data set -> one checked data list (COCO JSON) a split.
+"""Makes checked data lists (COCO JSON), one for each split, of a data set in VOC's, COCO's or YOLO's format.
 
     python create_data_lists.py --voc VOCdevkit/VOC2012 --splits train val --out data/voc2012
     python create_data_lists.py --voc VOCdevkit/VOC2007 VOCdevkit/VOC2012 --splits trainval test --out data/voc0712
@@ -15,27 +15,22 @@ left out or changed.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from fpnssd.data.annotations import Problem, read_lines
-from fpnssd.data.checks import (
-    ACTIONS,
-    LEFT_OUT,
-    NOTED,
-    Split,
-    check_image,
-    describe_splits,
-    finish_splits,
-    format_report,
-    write_report,
-)
+from fpnssd.data.annotations import Problem, Record, SplitAnnotations, name_problem, read_lines, relative_path
+from fpnssd.data.check_report import Report, describe_splits, format_report, write_report
+from fpnssd.data.checks import ACTIONS, LEFT_OUT, NOTED, CheckedImage, Split, check_image, finish_splits
 from fpnssd.data.coco import read_coco
+from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.data.threads import map_in_threads
 from fpnssd.data.voc import DOWNLOADS, VOC_CLASSES, download_voc, read_voc
@@ -45,14 +40,14 @@ from utils import InputError, check_outputs, escape_unprintable, whole_number, w
 
 @dataclass
 class Classes:
-    """Which objects are listed, as what: names in label order, their ids in the list, name in the data -> name."""
+    """The classes of the lists."""
 
-    names: tuple
-    ids: tuple
-    sources: dict
+    names: tuple[str, ...]  # in label order
+    ids: tuple[int, ...]  # their category ids
+    sources: dict[str, str]  # name in the annotations -> one of names; objects of other names are left out
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     escape_unprintable()
     try:
@@ -62,8 +57,6 @@ def main(argv=None):
         known = None  # classes that the data itself names, with their ids
         if args.voc:
             found = [read_voc(args.voc, split, args.unlabelled) for split in args.splits]
-            if args.unlabelled:
-                known = {name: label for label, name in enumerate(VOC_CLASSES, start=1)}
         elif args.coco:
             found, known = read_coco(args.coco, args.splits, args.images)
         else:
@@ -74,7 +67,7 @@ def main(argv=None):
         sys.exit(f"create_data_lists: {error}")
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s SOURCE [options]"
     )
@@ -93,7 +86,7 @@ def parse_args(argv):
         "--classes",
         type=Path,
         metavar="FILE",
-        help="the classes in label order, one a line; 'vehicle = car, bus' joins",
+        help="the classes in label order, one a line; 'vehicle = car, bus' joins. Or the word voc: VOC's twenty",
     )
     parser.add_argument(
         "--unlabelled", action="store_true", help="images need no annotation and splits no object, as in test sets"
@@ -116,7 +109,7 @@ def outputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
 
 def create_data_lists(
-    found,
+    found: Sequence[SplitAnnotations],
     out: Path,
     known: dict[str, int] | None = None,
     class_file: Path | None = None,
@@ -124,14 +117,14 @@ def create_data_lists(
     image_size: int = 300,
     unlabelled: bool = False,
     allow_loss: bool = False,
-) -> dict:
+) -> Report:
     """Checks the splits that a reader returned and writes OUT/SPLIT.json for each, all or none, and check.json, .png.
 
     Args:
         found: what the reader returned for each split.
         out: the folder to write to.
         known: {class name: category id} that the data itself states; None takes the classes from the objects.
-        class_file: the file of --classes.
+        class_file: what --classes names: a file, or the word "voc".
         strict: write no lists if anything was left out or changed.
         image_size: of the network, for the statistics.
         unlabelled: allow splits without objects.
@@ -147,7 +140,7 @@ def create_data_lists(
     if not any(split.images for split in splits):
         problems = [problem for split in splits for problem in split.problems]
         raise DataError(f"no image can be used ({len(problems)} problems): {problems[0].kind}: {problems[0].where}")
-    classes = choose_classes(splits, known, class_file)
+    classes = choose_classes(splits, known, class_file, unlabelled)
     splits = finish_splits(splits, classes.names, classes.sources)
     report = describe_splits(splits, classes.names, image_size)
     print(format_report(report))
@@ -158,16 +151,20 @@ def create_data_lists(
         raise DataError(f"no usable image in {', '.join(empty)}: no list was written")
     for split in splits:
         check_losses(split, unlabelled, allow_loss)
+        check_units(split)
     serious = Counter()
     for row in report["problems"]:
         if row["kind"] not in NOTED:
             serious[row["kind"]] += row["count"]
     if strict and serious:
-        told = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
-        raise DataError(f"--strict: {told}. No list was written")
-    for split in splits:
-        write_text(out / f"{split.name}.json", json.dumps(to_coco(split, classes)), "data list")
-        print(f"wrote {out / split.name}.json")
+        counts = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
+        raise DataError(f"--strict: {counts}. No list was written")
+    lists = {out / f"{split.name}.json": to_coco(split, classes, out) for split in splits}
+    for path, content in lists.items():
+        DataList.from_coco(path, content)  # raises where train.py could not read the list
+    for path, content in lists.items():
+        write_text(path, json.dumps(content), "data list")
+        print(f"wrote {path}")
     return report
 
 
@@ -197,6 +194,16 @@ def check_losses(split: Split, unlabelled: bool = False, allow_loss: bool = Fals
             )
 
 
+def check_units(split: Split) -> None:
+    """Raises a DataError where no box of a split is larger than a pixel: its numbers must be of another unit."""
+    boxes = [one.box for image in split.images for one in image.objects]
+    if boxes and all(max(x1 - x0, y1 - y0) <= 1 for x0, y0, x1, y1 in boxes):
+        raise DataError(
+            f"{split.name}: none of the {len(boxes)} boxes is larger than a pixel, so no list was written. If they are "
+            "in 0..1 of the image, multiply them by its width and height; only YOLO's are written so"
+        )
+
+
 def reasons(split: Split) -> str:
     """The three commonest kinds of what was left out of a split, each with an example; "" where there are none."""
     kinds = Counter(p.kind for p in split.problems if p.kind in LEFT_OUT or p.kind == "class that was not chosen")
@@ -205,13 +212,13 @@ def reasons(split: Split) -> str:
     return ": " + "; ".join(parts) if parts else ""
 
 
-def check_split(found, image_size):
-    """A Split of what can be used of a Found."""
+def check_split(found: SplitAnnotations, image_size: int) -> Split:
+    """Reads and checks all images of a split, in threads."""
     split = Split(found.name, found.image_root, [], list(found.problems), given=len(found.records))
     split.annotated = count_left_out(found.problems)
     start = time.perf_counter()
 
-    def check(parse):
+    def check(parse: Callable[[], Record]) -> tuple[CheckedImage | None, list[Problem], int | None]:
         try:
             record = parse()
         except DataError as error:
@@ -241,35 +248,71 @@ def count_left_out(problems: list[Problem]) -> int:
 # Classes and writing
 
 
-def choose_classes(splits, known=None, class_file=None):
-    """The Classes of the file, else those the data names, else VOC's if they hold all objects, else theirs, sorted."""
+def choose_classes(
+    splits: Sequence[Split],
+    known: dict[str, int] | None = None,
+    class_file: Path | None = None,
+    unlabelled: bool = False,
+) -> Classes:
+    """Chooses the classes of the lists and prints which.
+
+    They are those of `class_file`; or else `known`, those that the data set names itself. A VOC folder names none: see
+    classes_of_objects.
+
+    Args:
+        splits: checked, with all objects.
+        known: {name: category id}.
+        class_file: a file of class names, or the word "voc".
+        unlabelled: splits need no objects.
+
+    Raises:
+        DataError: the class file cannot be used, or there are no objects to take the classes from.
+    """
     met = {one.name for split in splits for image in split.images for one in image.objects}
     if class_file:
-        joined = read_class_file(class_file)
-        strange = sorted(name for parts in joined.values() for name in parts if name not in {*met, *(known or ())})
-        if strange:
-            print(f"note: {class_file} names {', '.join(strange)}, of which the data has no object", file=sys.stderr)
+        joined = {name: [name] for name in VOC_CLASSES} if str(class_file) == "voc" else read_class_file(class_file)
+        absent = sorted(name for parts in joined.values() for name in parts if name not in {*met, *(known or ())})
+        if absent:
+            print(f"note: {class_file} names {', '.join(absent)}, of which the data has no object", file=sys.stderr)
         ids = [next((known[part] for part in parts if known and part in known), None) for parts in joined.values()]
         ids = tuple(range(1, len(ids) + 1)) if None in ids or len(set(ids)) < len(ids) else tuple(ids)
+        print(f"classes: the {len(joined)} of --classes {class_file}")
         return Classes(tuple(joined), ids, {part: name for name, parts in joined.items() for part in parts})
     if known:
+        print(f"classes: the {len(known)} that the data set names")
         return Classes(tuple(known), tuple(known.values()), {name: name for name in known})
-    if not met:
+    if not met and not unlabelled:
         causes = next((text for split in splits if (text := reasons(split))), "")
         raise DataError(f"no image has an object, so the classes are unknown: name them with --classes FILE{causes}")
-    strange = sorted(met - set(VOC_CLASSES))
-    names = tuple(sorted(met)) if strange else VOC_CLASSES
-    if strange and len(strange) < len(met):
-        print(
-            f"note: {', '.join(strange)} are no VOC classes, so these are taken as {len(names)} classes of their own; "
-            "if that is a slip, mend it or pass --classes FILE",
-            file=sys.stderr,
-        )
+    names = classes_of_objects(met)
     return Classes(names, tuple(range(1, len(names) + 1)), {name: name for name in names})
 
 
-def read_class_file(path):
-    """{name: the names in the data that it stands for}, from lines 'name' or 'name = one, another'."""
+def classes_of_objects(met: set[str]) -> tuple[str, ...]:
+    """The classes of a data set that names none itself: those of its objects, sorted.
+
+    Where these are more than half of VOC's and no others, they are VOC's twenty in VOC's order, as they are where there
+    are no objects. Prints which was chosen.
+    """
+    of_voc = met & set(VOC_CLASSES)
+    most = len(of_voc) > len(VOC_CLASSES) / 2
+    if not met or (most and of_voc == met):
+        print(f"classes: VOC's {len(VOC_CLASSES)}, in VOC's order; the data has objects of {len(met)}")
+        return VOC_CLASSES
+    hint = " (VOC's twenty: --classes voc)" if of_voc == met else ""
+    print(f"classes: the {len(met)} of the objects, sorted{hint}")
+    if most:
+        names = ", ".join(sorted(met - of_voc))
+        print(f"note: {names} are no VOC classes, the others are; if that is a slip, correct it", file=sys.stderr)
+    return tuple(sorted(met))
+
+
+def read_class_file(path: Path) -> dict[str, list[str]]:
+    """Returns {class name: the names in the data that it stands for}, from lines 'name' or 'name = one, another'.
+
+    Raises:
+        DataError: the file names no class or one twice, or a name cannot be written to lists and XML.
+    """
     joined = defaultdict(list)
     lines = read_lines(path)
     for line in lines:
@@ -278,11 +321,22 @@ def read_class_file(path):
     every = [part for parts in joined.values() for part in parts]
     if not lines or len(joined) < len(lines) or len(set(every)) < len(every) or not all(every) or "" in joined:
         raise DataError(f"class file {path} must name each class once, one a line; it has {lines}")
+    for name in joined:
+        if problem := name_problem(name):
+            raise DataError(f"class file {path}: {name!r} {problem}")
     return dict(joined)
 
 
-def to_coco(split, classes):
-    """The data list as builtins. `difficult` stands beside `iscrowd`; boxes are x, y, width, height, 0-based."""
+def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
+    """Returns a data list as builtins: COCO's form, with `difficult` beside `iscrowd`.
+
+    Boxes are x, y, width, height in pixels, from 0 at the image's edge.
+
+    Args:
+        split: checked.
+        classes: of the lists.
+        out: the folder of the list.
+    """
     images, annotations = [], []
     id_of = dict(zip(classes.names, classes.ids, strict=True))
     for number, image in enumerate(split.images, start=1):
@@ -305,11 +359,25 @@ def to_coco(split, classes):
                 annotation["truncated"] = int(one.truncated)
             annotations.append(annotation)
     return {
-        "info": {"image_root": str(split.image_root.resolve()), "split": split.name},
+        "info": {"image_root": image_root_for(split.image_root, out), "split": split.name},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": class_id, "name": name} for name, class_id in id_of.items()],
     }
+
+
+def image_root_for(image_root: Path, out: Path) -> str:
+    """The images' folder as a list in `out` names it.
+
+    It is relative to the list where a folder holds both, so that this folder can be moved; and absolute where only the
+    file system's root does, or, on Windows, not even that.
+    """
+    root, folder = image_root.resolve(), out.resolve()
+    try:
+        common = Path(os.path.commonpath([root, folder]))
+    except ValueError:  # Windows: on two drives
+        return root.as_posix()
+    return root.as_posix() if common == Path(common.anchor) else relative_path(root, folder)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,27 @@ def test_voc_boxes_become_continuous(tmp_path):
     first, second = content["annotations"]
     assert (first["bbox"], first["difficult"], first["iscrowd"]) == ([0, 10, 100, 70], 1, 0)
     assert (second["bbox"], second["difficult"], second["area"]) == ([1.5, 2, 38.5, 48], 0, 38.5 * 48)
-    assert tuple(category["name"] for category in content["categories"]) == VOC_CLASSES
-    assert first["category_id"] == VOC_CLASSES.index("dog") + 1
-    assert set(problems(tmp_path)) == {"class without objects"}
+    assert content["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    assert (first["category_id"], second["category_id"]) == (2, 1)
+    assert problems(tmp_path) == {}
+
+
+def test_classes_are_those_of_the_data_or_voc(tmp_path, capsys):
+    """VOC's twenty in VOC's order from eleven of them on, over all splits, and where they are asked for."""
+    for number, name in enumerate(VOC_CLASSES[:10]):
+        add_image(tmp_path / "voc", f"p{number}", [(name, 1, 1, 50, 50, 0)], split="train")
+    add_image(tmp_path / "voc", "other", [("dog", 1, 1, 50, 50, 0)], split="val")
+
+    def classes(*splits, options=()):
+        main(["--voc", str(tmp_path / "voc"), "--out", str(tmp_path / "out"), *options, "--splits", *splits])
+        return tuple(category["name"] for category in listed(tmp_path / "out", splits[0])["categories"])
+
+    assert classes("train") == tuple(sorted(VOC_CLASSES[:10]))
+    assert "classes: the 10 of the objects, sorted" in capsys.readouterr().out
+    assert classes("val") == ("dog",)
+    assert classes("val", options=["--classes", "voc"]) == VOC_CLASSES
+    assert classes("train", "val") == VOC_CLASSES
+    assert "classes: VOC's 20, in VOC's order; the data has objects of 11" in capsys.readouterr().out
 
 
 def test_truncation_is_kept_where_somebody_said(tmp_path):
@@ -70,7 +88,7 @@ def test_other_classes_are_sorted_over_all_splits(tmp_path, capsys):
     list_voc(tmp_path / "voc", ["train", "val"], tmp_path)
     for split in ("train", "val"):
         assert [category["name"] for category in listed(tmp_path, split)["categories"]] == ["ant", "dog", "zebra"]
-    assert "ant, zebra are no VOC classes" in capsys.readouterr().err
+    assert "classes: the 3 of the objects, sorted" in capsys.readouterr().out
 
 
 def test_class_file_fixes_the_order_and_leaves_out_others(tmp_path):

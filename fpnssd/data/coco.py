@@ -157,7 +157,8 @@ def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
             name = entry["name"]
             children = (other for other_id, other in file.categories.items() if other_id != category_id)
             if category_id not in used and any(child.get("supercategory") == name for child in children):
-                print(f"note: {file.path}: category {name!r} is a group of the others, and no class", file=sys.stderr)
+                note = f"note: {file.path}: category {category_id!r}, {name!r}, is a group of others and no class"
+                print(note, file=sys.stderr)
                 continue
             if name in in_file:
                 raise DataError(f"{file.path} gives two categories the same name {name!r}: {ids[name]}, {category_id}")
