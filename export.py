@@ -14,12 +14,14 @@ model.postprocess. They carry the classes and the configuration, and need the ex
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +31,19 @@ from fpnssd.data.data_list import DataList, evenly_spaced
 from fpnssd.evaluation.predict import Predictor, evaluate
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, import_optional, load_exported
-from model import CENTRE_VARIANCE, SIDE_VARIANCE, decode_offsets, load_checkpoint, postprocess, save_checkpoint
+from model import (
+    CENTRE_VARIANCE,
+    DETECTION,
+    SIDE_VARIANCE,
+    decode_offsets,
+    load_checkpoint,
+    postprocess,
+    save_checkpoint,
+)
 from utils import InputError, atomic_write, check_outputs, error_message, hash_file, whole_number
 
 CALIBRATION_IMAGES = 300
+MAX_SIDE_OFFSET = math.log(1000 / 16)
 KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
@@ -136,106 +147,79 @@ def export_onnx(checkpoint, path):
         onnx.save(exported, temporary)
 
 
-def export_with_decoding(plain, path, top_k=200):
-    """Writes ONNX that ends in detections, for programs without this project's code; plain: what export_onnx wrote.
+def export_with_decoding(plain: Path, path: Path, top_k: int = DETECTION.top_k) -> None:
+    """Writes an ONNX file with decoding, for programs without this project's code.
 
     Inputs: images uint8 (B, 3, S, S), min_score (1,), max_overlap (1,). Outputs, best first and padded with zeros:
     boxes (B, top_k, 4) xyxy in 0..1 of the image, scores (B, top_k), labels (B, top_k) int64 of 1..C, count (B,) int64.
-    The answer is model.postprocess's: per class, by the standard operator NonMaxSuppression.
+    They are those of model.postprocess.
+
+    Args:
+        plain: a file of export_onnx.
+        path: of the new file.
+        top_k: most detections of an image.
     """
     onnx = import_optional("onnx")
     loaded, exported = load_exported(plain), onnx.load(plain)
-    add_decoding(exported, loaded.priors, len(loaded.config.classes), top_k)
-    onnx.checker.check_model(exported)
+    combined = add_decoding(exported, loaded.priors, len(loaded.config.classes), top_k)
     with atomic_write(path) as temporary:
-        onnx.save(exported, temporary)
+        onnx.save(combined, temporary)
 
 
-def add_decoding(exported, priors, num_classes, top_k):
-    """Replaces a model's outputs offsets and logits by boxes, scores, labels and count."""
-    from onnx import TensorProto, helper, numpy_helper
+def add_decoding(exported: Any, priors: torch.Tensor, num_classes: int, top_k: int) -> Any:
+    """The ModelProto of export_onnx with decoding behind it; arguments and result as for export_with_decoding."""
+    onnx, onnxscript = import_optional("onnx"), import_optional("onnxscript")
+    opset = next(entry.version for entry in exported.opset_import if entry.domain == "")
+    count = min(top_k, len(priors) * num_classes)
+    decode = decoding_function(getattr(onnxscript, f"opset{opset}"), priors, num_classes, count)
+    decoding = decode.to_model_proto(ir_version=exported.ir_version)
+    num_priors, float32, int64 = len(priors), onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    inputs = [
+        ("offsets", float32, ["batch", num_priors, 4]),
+        ("logits", float32, ["batch", num_priors, num_classes + 1]),
+    ]
+    inputs += [("min_score", float32, [1]), ("max_overlap", float32, [1])]
+    outputs = [("boxes", float32, ["batch", count, 4]), ("scores", float32, ["batch", count])]
+    outputs += [("labels", int64, ["batch", count]), ("count", int64, ["batch"])]
+    for values, types in ((decoding.graph.input, inputs), (decoding.graph.output, outputs)):
+        for value, (name, kind, shape) in zip(values, types, strict=True):
+            value.CopyFrom(onnx.helper.make_tensor_value_info(name, kind, shape))
+    decoding = onnx.compose.add_prefix(decoding, "decode_", rename_inputs=False, rename_outputs=False)
+    combined = onnx.compose.merge_models(exported, decoding, [(name, name) for name in ("offsets", "logits")])
+    onnx.helper.set_model_props(combined, {entry.key: entry.value for entry in exported.metadata_props})
+    onnx.checker.check_model(combined)
+    return combined
 
-    graph, num_priors = exported.graph, len(priors)
-    count = min(top_k, num_priors * num_classes)
-    constants = {
-        "prior_centres": priors[:, :2].numpy(), "prior_sides": priors[:, 2:].numpy(),
-        "centre_variance": np.float32(CENTRE_VARIANCE), "side_variance": np.float32(SIDE_VARIANCE),
-        "zero": np.float32(0), "half": np.float32(0.5), "one": np.float32(1), "no_label": np.int64(0),
-        "from_1": np.array([1]), "from_2": np.array([2]), "from_0": np.array([0]), "axis_1": np.array([1]),
-        "axis_2": np.array([2]), "to_2": np.array([2]), "to_4": np.array([4]),
-        "to_end": np.array([2**31 - 1]), "first_label": np.int64(1), "classes": np.int64(num_classes),
-        "pairs": np.array([num_priors * num_classes]), "top_k": np.array([count]), "last": np.array([-1]),
-        "batch_column": np.int64(0), "class_column": np.int64(1), "prior_column": np.int64(2),
-    }  # fmt: skip
-    graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(value), f"decode_{name}") for name, value in constants.items()
-    )
 
-    def node(operator, inputs, output, **attributes):
-        inputs = [f"decode_{name}" if name in constants else name for name in inputs]
-        graph.node.append(helper.make_node(operator, inputs, [output], **attributes))
+def decoding_function(op: Any, priors: torch.Tensor, num_classes: int, top_k: int) -> Any:
+    """model.postprocess for onnxscript, in the operators `op` of an ONNX opset; boxes stay in 0..1."""
+    onnx, onnxscript = import_optional("onnx"), import_optional("onnxscript")
+    centres_of_priors, sides_of_priors = (onnx.numpy_helper.from_array(part.numpy()) for part in priors.split(2, dim=1))
+    most, int64 = [top_k], onnx.TensorProto.INT64
 
-    # Boxes: (B, P, 4) corners, clipped.
-    node("Slice", ["offsets", "from_0", "to_2", "axis_2"], "d_moves")
-    node("Slice", ["offsets", "from_2", "to_4", "axis_2"], "d_growths")
-    node("Mul", ["d_moves", "centre_variance"], "d_moves_scaled")
-    node("Mul", ["d_moves_scaled", "prior_sides"], "d_shifts")
-    node("Add", ["d_shifts", "prior_centres"], "d_centres")
-    node("Mul", ["d_growths", "side_variance"], "d_growths_scaled")
-    node("Exp", ["d_growths_scaled"], "d_factors")
-    node("Mul", ["d_factors", "prior_sides"], "d_sides")
-    node("Mul", ["d_sides", "half"], "d_halves")
-    node("Sub", ["d_centres", "d_halves"], "d_low_raw")
-    node("Add", ["d_centres", "d_halves"], "d_high_raw")
-    node("Clip", ["d_low_raw", "zero", "one"], "d_low")
-    node("Clip", ["d_high_raw", "zero", "one"], "d_high")
-    node("Concat", ["d_low", "d_high"], "d_boxes", axis=2)
-    # Scores: (B, C, P), 0 for boxes that were clipped away.
-    node("Softmax", ["logits"], "d_shares", axis=2)
-    node("Slice", ["d_shares", "from_1", "to_end", "axis_2"], "d_scores_raw")
-    node("Sub", ["d_high", "d_low"], "d_extents")
-    node("ReduceMin", ["d_extents", "axis_2"], "d_narrowest", keepdims=1)
-    node("Greater", ["d_narrowest", "zero"], "d_is_box")
-    node("Where", ["d_is_box", "d_scores_raw", "zero"], "d_scores")
-    node("Transpose", ["d_scores"], "d_scores_by_class", perm=[0, 2, 1])
-    # What survives, (N, 3) of image, class, prior, goes back to its place in (B, P * C), where the best are taken.
-    node("NonMaxSuppression", ["d_boxes", "d_scores_by_class", "top_k", "max_overlap", "min_score"], "d_kept")
-    node("GatherND", ["d_scores_by_class", "d_kept"], "d_kept_scores")
-    for column in ("batch", "class", "prior"):
-        node("Gather", ["d_kept", f"{column}_column"], f"d_kept_{column}", axis=1)
-    node("Mul", ["d_kept_prior", "classes"], "d_kept_row")
-    node("Add", ["d_kept_row", "d_kept_class"], "d_kept_pair")
-    for name in ("batch", "pair"):
-        node("Unsqueeze", [f"d_kept_{name}", "axis_1"], f"d_place_{name}")
-    node("Concat", ["d_place_batch", "d_place_pair"], "d_places", axis=1)
-    node("Shape", ["logits"], "d_batch", start=0, end=1)
-    node("Concat", ["d_batch", "pairs"], "d_dense_shape", axis=0)
-    node("ConstantOfShape", ["d_dense_shape"], "d_nothing")
-    node("ScatterND", ["d_nothing", "d_places", "d_kept_scores"], "d_dense")
-    graph.node.append(helper.make_node("TopK", ["d_dense", "decode_top_k"], ["scores", "d_best"], axis=1))
-    node("Div", ["d_best", "classes"], "d_best_prior")
-    node("Mod", ["d_best", "classes"], "d_best_class")
-    node("Add", ["d_best_class", "first_label"], "d_labels")
-    node("Unsqueeze", ["d_best_prior", "last"], "d_best_places")
-    node("GatherND", ["d_boxes", "d_best_places"], "d_best_boxes", batch_dims=1)
-    node("Greater", ["scores", "zero"], "d_there")
-    node("Unsqueeze", ["d_there", "last"], "d_there_box")
-    node("Where", ["d_there_box", "d_best_boxes", "zero"], "boxes")
-    node("Where", ["d_there", "d_labels", "no_label"], "labels")
-    node("Cast", ["d_there"], "d_there_number", to=TensorProto.INT64)
-    node("ReduceSum", ["d_there_number", "axis_1"], "count", keepdims=0)
+    @onnxscript.script(default_opset=op)
+    def decode(offsets, logits, min_score, max_overlap):  # types are set by add_decoding
+        prior_sides = op.Constant(value=sides_of_priors)  # (P, 2)
+        centres = op.Constant(value=centres_of_priors) + offsets[:, :, 0:2] * CENTRE_VARIANCE * prior_sides
+        half = prior_sides * op.Exp(op.Min(offsets[:, :, 2:4] * SIDE_VARIANCE, MAX_SIDE_OFFSET)) * 0.5
+        low, high = op.Clip(centres - half, 0.0, 1.0), op.Clip(centres + half, 0.0, 1.0)
+        all_boxes = op.Concat(low, high, axis=2)  # (B, P, 4)
+        has_area = op.ReduceMin(high - low, [2], keepdims=1) > 0.0
+        all_scores = op.Where(has_area, op.Softmax(logits, axis=2)[:, :, 1:], 0.0)
+        by_class = op.Transpose(all_scores, perm=[0, 2, 1])  # (B, C, P)
+        limit = op.Constant(value_ints=most)
+        kept = op.NonMaxSuppression(all_boxes, by_class, limit, max_overlap, min_score)  # (n, 3) image, class, prior
+        kept_scores = op.ScatterND(by_class * 0.0, kept, op.GatherND(by_class, kept))
+        # Equal scores in the order prior, class: TopK takes the lower index first.
+        scores, best = op.TopK(op.Reshape(op.Transpose(kept_scores, perm=[0, 2, 1]), [0, -1]), limit, axis=1)
+        found = scores > 0.0
+        best_boxes = op.GatherND(all_boxes, op.Unsqueeze(best / num_classes, [2]), batch_dims=1)
+        boxes = op.Where(op.Unsqueeze(found, [2]), best_boxes, 0.0)
+        labels = op.Where(found, op.Mod(best, num_classes) + 1, 0)
+        count = op.ReduceSum(op.Cast(found, to=int64), [1], keepdims=0)
+        return boxes, scores, labels, count
 
-    knobs = ("min_score", "max_overlap")
-    graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in knobs)
-    del graph.output[:]
-    graph.output.extend(
-        [
-            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["batch", count, 4]),
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", count]),
-            helper.make_tensor_value_info("labels", TensorProto.INT64, ["batch", count]),
-            helper.make_tensor_value_info("count", TensorProto.INT64, ["batch"]),
-        ]
-    )
+    return decode
 
 
 def export_openvino(checkpoint, path, int8_list=None, images=None):

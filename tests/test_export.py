@@ -222,7 +222,7 @@ def test_bad_files_are_named(folder, tmp_path):
 
 def test_files_that_decode_by_themselves_are_for_others(folder, tmp_path):
     exported = onnx.load(folder / "small.onnx")
-    add_decoding(exported, load_exported(folder / "small.onnx").priors, 6, 10)
+    exported = add_decoding(exported, load_exported(folder / "small.onnx").priors, 6, 10)
     onnx.save(exported, tmp_path / "decoded.onnx")
     with pytest.raises(ValueError, match=r"decoded\.onnx includes decoding"):
         load_exported(tmp_path / "decoded.onnx")
@@ -239,8 +239,7 @@ def test_priors_without_weights():
 def test_decoding_inside_is_postprocess(folder, tmp_path, min_score, max_overlap, top_k):
     detector = load_detector(folder / "small.onnx")  # the same runtime, so that decoding alone is compared
     exported = onnx.load(folder / "small.onnx")
-    add_decoding(exported, detector.priors, len(detector.classes), top_k)
-    onnx.checker.check_model(exported)
+    exported = add_decoding(exported, detector.priors, len(detector.classes), top_k)
     onnx.save(exported, tmp_path / "x.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     images = noise(3)
