@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -152,16 +153,19 @@ def open_image(
         raise DataError(f"image {name} is damaged: {error}", "image damaged") from error
 
 
-# Bytes a pixel that decoding an image takes at most, the result as RGB (4) included, as measured with Pillow 12.3.
-_DECODING_COST = {"JPEG2000": 26, "AVIF": 20, "WEBP": 22, "TIFF": 20, "PPM": 9, "HEIF": 20}
+# Bytes a pixel that decoders take at most, the RGB result (4) included, as measured with Pillow 12.3.
+_DECODER_COST = {"JPEG2000": 26, "AVIF": 20, "WEBP": 18, "TIFF": 20, "HEIF": 20}
 
 
 def decoding_bytes(image: Image.Image) -> int:
     """Returns about how much memory load_image takes at most for an image that open_image has opened."""
-    cost = _DECODING_COST.get(image.format or "", 8)
-    if image.info.get("progressive"):  # libjpeg keeps all coefficients
-        cost = 4 + 2 * len(image.getbands()) + 4 * (image.mode != "RGB")
-    return cost * image.width * image.height
+    bands = len(image.getbands())
+    cost = 5 if image.mode in ("1", "L", "P", "RGB") and not image.has_transparency_data else 10
+    if image.info.get("progressive"):  # libjpeg keeps all coefficients, 2 bytes each
+        cost += 2 * bands
+    if orientation(image) > 1:  # a turned copy
+        cost += max(bands, 4)
+    return max(cost, _DECODER_COST.get(image.format or "", 0)) * image.width * image.height
 
 
 def read_image(path: str | os.PathLike, apply_exif: bool = False) -> Image.Image:
@@ -358,9 +362,13 @@ def _grey_range(smallest: float, largest: float, full: tuple[float, float]) -> t
     dark, flat = largest - low < (high - low) / 4, (largest - smallest) * 255 < 16 * (high - low)
     if not (dark or flat) or smallest == largest:
         return low, high
-    sentence = "images of more than 8 bits that would be nearly black or flat are stretched to their own range"
-    warnings.warn(sentence, ImageWarning, stacklevel=2)  # Python prints it once
+    _warn_once("images of more than 8 bits that would be nearly black or flat are stretched to their own range")
     return smallest, largest
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, ImageWarning, stacklevel=3)
 
 
 def _to_grey_levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
