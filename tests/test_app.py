@@ -21,11 +21,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from malformed import encoded, malformed_pictures, png_header, resident_bytes
 from PIL import Image
 from sure_network import save_sure_network
 
-from fpnssd.inference.detector import load_detector
+from fpnssd.inference.detector import Detections, load_detector
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -588,6 +589,23 @@ def test_boxes_lie_where_the_endpoint_says(server, page, photograph, tmp_path):
         assert page.evaluate(place, number) == pytest.approx(one["box"], abs=0.6)
 
 
+def test_label_hides_no_better_one_where_its_box_has_room(page, photograph, tmp_path, server, monkeypatch):
+    """Two boxes that begin at one corner: the label of the second goes to the bottom of its box."""
+    decode = server.service.decode
+
+    def decode_two(outputs, thresholds):
+        found = decode(outputs, thresholds)
+        boxes = torch.tensor([[40.0, 40, 400, 300], [40, 40, 300, 200]])
+        return Detections(boxes, found.scores[:2], found.labels[:2], found.names[:2], found.size)
+
+    monkeypatch.setattr(server.service, "decode", decode_two)
+    photograph.save(tmp_path / "photo.png")
+    upload(page, tmp_path / "photo.png")
+    assert objects_shown(page) == [1, 2]
+    first, second = (page.query_selector(f".box[data-n='{number}'] b").bounding_box() for number in (1, 2))
+    assert first["y"] + first["height"] <= second["y"]
+
+
 def test_classes_are_chosen(server, page, sent, tmp_path):
     """And no name is markup, neither a class's nor a file's."""
     (tmp_path / "<img src=x onerror=alert(1)>.png").write_bytes(sent)
@@ -611,15 +629,15 @@ def test_heading_has_no_path(page, checkpoint):
     assert str(checkpoint.parent) not in page.content()
 
 
-def test_picture_that_is_dropped_or_no_longer_kept_is_shown(server, page, sent):
+def test_picture_that_is_dropped_or_no_longer_kept_is_shown(server, page, photograph):
     """The page sends a picture again if the server has dropped it meanwhile."""
     page.evaluate(
         """bytes => {
             const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], 'dropped.png'));
+            data.items.add(new File([new Uint8Array(bytes)], 'dropped.jpg'));
             document.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
         }""",
-        list(sent),
+        list(encoded(photograph, "JPEG")),
     )
     count = len(objects_shown(page))
     server.service.kept._kept.clear()

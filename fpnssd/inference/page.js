@@ -106,6 +106,13 @@ function show(answer) {
   }
   $('#result').hidden = false;
   $('#found').hidden = !objects.length;
+  const taken = [];  // by labels of better objects; a label that would hide one goes to the bottom of its box
+  for (const {element} of boxes.sort((a, b) => a.element.dataset.n - b.element.dataset.n)) {
+    const place = () => element.firstChild.getBoundingClientRect();
+    const hides = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+    element.classList.toggle('low', taken.some(other => hides(place(), other)));
+    taken.push(place());
+  }
 }
 
 function light(event) {  // box and row of one object, under the pointer and under the keyboard's focus
