@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from create_data_lists import create_data_lists
+from fpnssd.data import check_report
 from fpnssd.data.synthetic import draw_dataset
 from fpnssd.data.voc import read_voc
 
@@ -48,6 +49,14 @@ def drawn(tmp_path_factory):
     draw_dataset(folder / "voc", {"train": 12, "val": 6}, seed=3)
     create_data_lists([read_voc([folder / "voc"], split) for split in ("train", "val")], folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_check_picture():
+    """create_data_lists draws no check.png, which takes most of its time on a small data set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_report, "draw_report", lambda report, path: None)
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from fpnssd.data.augment import AugmentConfig
 from fpnssd.data.data_list import DataList
 from train import main as train_main
 
+pytestmark = pytest.mark.usefixtures("no_check_picture")
+
 
 def voc_to_coco(voc, split, path):
     """Another way to COCO JSON, by ElementTree: ids that are not 1, 2, 3, boxes as x, y, width, height."""
@@ -166,7 +168,7 @@ def test_coco_files_are_not_written_over(tmp_path):
     arguments = write_coco(tmp_path / "train.json")
     before = (tmp_path / "train.json").read_bytes()
     arguments[arguments.index("--out") + 1] = str(tmp_path)
-    with pytest.raises(SystemExit, match=r"train\.json would be written over"):
+    with pytest.raises(SystemExit, match=r"train\.json is an input of this call and would be written over"):
         main(arguments)
     assert (tmp_path / "train.json").read_bytes() == before
 

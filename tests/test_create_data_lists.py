@@ -2,9 +2,13 @@
 
 import hashlib
 import http.server
+import json
+import os
 import re
+import sys
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +16,12 @@ from made_lists import listed, problems
 from PIL import Image
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from create_data_lists import create_data_lists, main
+from create_data_lists import create_data_lists, image_root_for, main
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.data.voc import VOC_CLASSES, read_voc
+
+pytestmark = pytest.mark.usefixtures("no_check_picture")
 
 
 def add_image(voc, name, objects, size=(100, 80), said=None, split="train"):
@@ -226,6 +232,42 @@ def test_a_split_of_unreadable_annotations_is_refused(tmp_path):
         list_voc(tmp_path / "voc", ["train"], tmp_path)
     list_voc(tmp_path / "voc", ["train"], tmp_path, allow_loss=True)
     assert len(listed(tmp_path)["images"]) == 1
+
+
+def test_lists_name_their_images_relative_to_themselves(tmp_path, monkeypatch):
+    """A folder with lists and images can be moved; where only the root of the file system holds both, none can."""
+    add_image(tmp_path / "set" / "voc", "a", [("dog", 1, 1, 50, 50, 0)])
+    monkeypatch.chdir(tmp_path / "set")
+    main(["--voc", "voc", "--splits", "train", "--out", "lists/mine"])
+    assert listed(tmp_path / "set" / "lists" / "mine")["info"]["image_root"] == "../../voc/JPEGImages"
+    (tmp_path / "set").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert DataList.load(tmp_path / "moved" / "lists" / "mine" / "train.json").read_image(0).size == (100, 80)
+    assert image_root_for(Path("/photos/a"), Path("/home/me/lists")) == "/photos/a"
+    assert image_root_for(Path("/home/a"), Path("/home/me/lists")) == "../../a"
+    assert image_root_for(Path("/home/me/lists"), Path("/home/me/lists")) == "."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there alone")
+def test_names_that_lists_and_xml_cannot_hold_are_named(tmp_path):
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    for number, name in enumerate((b"good.png", b"latin-\xe9.png", b"bell\a.png", b"line\n.png")):
+        name = os.fsdecode(name)
+        Image.new("RGB", (9, 8), (number, 0, 0)).save(tmp_path / name)
+        content["images"].append({"id": number, "file_name": name, "width": 9, "height": 8})
+        content["annotations"].append({"image_id": number, "category_id": 1, "bbox": [1, 1, 5, 5]})
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    main(["--coco", str(tmp_path / "x.json"), "--splits", "train", "--out", str(tmp_path / "out"), "--allow-loss"])
+    data_list = DataList.load(tmp_path / "out" / "train.json")
+    assert [data_list.file_names[i] for i in range(len(data_list))] == ["good.png"]
+    assert len(problems(tmp_path / "out")["file name unusable"]) == 3
+
+
+def test_boxes_in_another_unit_are_refused(tmp_path):
+    add_image(tmp_path / "voc", "a", [("dog", 0.1, 0.2, 0.5, 0.9, 0), ("dog", 0, 0, 1, 1, 0)])
+    with pytest.raises(DataError, match="train: none of the 2 boxes is larger than a pixel"):
+        list_voc(tmp_path / "voc", ["train"], tmp_path)
+    assert not (tmp_path / "train.json").exists()
 
 
 def test_images_without_objects_are_kept(tmp_path):

@@ -311,6 +311,7 @@ def test_kinds_are_in_one_table_each():
         ((-1, 0, 10, 10), ((0, 0, 10, 10), "box partly outside the image")),
         ((10, 10, 10.5, 30), ((10, 10, 10.5, 20), "box partly outside the image")),
         ((20, 0, 25, 10), (None, "box outside the image")),
+        ((10.5, 1, 10.5 + 1e-9, 15), (None, "box empty")),  # in float32, as lists are read
         ((-5, 0, 0, 10), (None, "box outside the image")),
     ],
 )
