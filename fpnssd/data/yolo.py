@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, read_lines, relative_path
 from fpnssd.data.images import DataError
-from fpnssd.data.yolo_config import YoloConfig, read_config, tidy
+from fpnssd.data.yolo_config import YoloConfig, normalize_path, read_config
 from fpnssd.data.yolo_labels import LabelFinder
 
 OUT_OF_UNIT = (-1.0, 2.0)  # a box that leaves its image by more is not in 0..1 of it
@@ -67,7 +67,8 @@ def read_yolo(
 
 def _find_images(config: YoloConfig, names: Sequence[str]) -> dict[str, list[Path]]:
     """{split: its images, as absolute paths}; DataError where two splits were found in one place by a guess."""
-    images, guessed = {}, {}
+    images: dict[str, list[Path]] = {}
+    guessed: dict[Path, str] = {}
     for name in names:
         images[name], passed_over, moved = config.find_split(name, len(names) - 1)
         for place in moved:
@@ -87,10 +88,11 @@ def _read_split(
     name: str, images: list[Path], root: Path, config: YoloConfig, finder: LabelFinder, unlabelled: bool
 ) -> tuple[SplitAnnotations, list[Path]]:
     """The split, its label files still to be read; and these files."""
-    counts = Counter(tidy(image) for image in images)
+    counts = Counter(normalize_path(image) for image in images)
     split = SplitAnnotations(name, root, [])
     split.problems += [Problem("image named twice", str(image)) for image, count in counts.items() if count > 1]
-    labels, without = Counter(), []
+    labels: Counter[Path] = Counter()
+    without = []
     for image in counts:
         files = finder.find(image)
         split.records.append(partial(read_record, image, files[0] if files else None, root, config))

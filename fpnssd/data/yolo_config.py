@@ -57,7 +57,7 @@ class YoloConfig:
         """The folders that paths may be relative to, likeliest first."""
         return list(dict.fromkeys((self.root, self.path.parent)))
 
-    def find_split(self, name: str, others: int = 0) -> tuple[list[Path], Counter, list[Path]]:
+    def find_split(self, name: str, others: int = 0) -> tuple[list[Path], Counter[str], list[Path]]:
         """Finds the images of a split.
 
         Args:
@@ -65,14 +65,16 @@ class YoloConfig:
             others: how many other splits are read; without any, a data set that names no splits is one as a whole.
 
         Returns:
-            The images, those named twice twice; how many files of which ending were passed over; and the places that
-            lie elsewhere than the file says.
+            The images, in order, repeated where they are named twice; the number of files of each ending that were
+            passed over; and the places that lie elsewhere than the file says.
 
         Raises:
             DataError: there is no such split, no such place, or no image in it.
         """
         places = self._places(name, others)
-        images, passed_over, moved = [], Counter(), []
+        images: list[Path] = []
+        passed_over: Counter[str] = Counter()
+        moved = []
         for place in places:
             path = locate(place, self.folders)
             if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
@@ -133,7 +135,7 @@ def read_config(path: Path) -> YoloConfig:
     if path.suffix in (".txt", ".names"):
         if root == path.parent and root.name.lower() in ("labels", "label"):
             root = root.parent
-        return YoloConfig(path, tidy(root), check_classes(path, enumerate(read_names(path))), in_folders=True)
+        return YoloConfig(path, normalize_path(root), check_classes(path, enumerate(read_names(path))), in_folders=True)
     return _read_yaml(path)
 
 
@@ -183,7 +185,7 @@ def _read_yaml(path: Path) -> YoloConfig:
     if not _exists(root):
         root = path.parent
         print(f"note: {path} names the folder {folder}, which is not there: {root} is taken in its place")
-    config = YoloConfig(path, tidy(root), classes, splits)
+    config = YoloConfig(path, normalize_path(root), classes, splits)
     config.kpt_shape_given = "kpt_shape" in content
     config.kpt_shape = _kpt_shape(path, content.get("kpt_shape"))
     return config
@@ -245,7 +247,9 @@ def _read_darknet(path: Path) -> YoloConfig:
         raise DataError(f"{path} names no file of class names (`names = obj.names`) that is there")
     classes = check_classes(names, enumerate(read_names(names)), content.pop("classes", None))
     content.pop("backup", None)
-    return YoloConfig(path, tidy(path.parent), classes, {key: [value] for key, value in content.items() if value})
+    return YoloConfig(
+        path, normalize_path(path.parent), classes, {key: [value] for key, value in content.items() if value}
+    )
 
 
 def read_names(path: Path) -> list[str]:
@@ -316,16 +320,16 @@ def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = 
     for text in dict.fromkeys((name, name.replace("\\", "/"))):
         for folder in folders:
             if exists(folder / text):
-                return tidy(folder / text)
+                return normalize_path(folder / text)
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     for start in range(len(parts)):
         for folder in folders:
             if exists(path := folder.joinpath(*parts[start:])):
-                return tidy(path)
+                return normalize_path(path)
     return None
 
 
-def tidy(path: Path) -> Path:
+def normalize_path(path: Path) -> Path:
     """The absolute path without `..`; links stay, but for those that `..` leads out of."""
     flat = Path(os.path.abspath(path))
     if ".." not in path.parts or (flat.exists() and os.path.samefile(flat, path)):
