@@ -281,6 +281,12 @@ def test_listed_images_that_are_missing(tmp_path):
     write_files(tmp_path, {"images/a.jpg": "", "labels/a.txt": LABEL, "t.txt": "images/a.jpg\nimages/b.jpg\n"})
     write_files(tmp_path, {"data.yaml": YAML + "train: t.txt\n"})
     assert read_all(tmp_path)[:2] == ({"train": {"images/a.jpg": ["dog"], "images/b.jpg": []}}, [])
+    (tmp_path / "t.txt").write_text("images/a.jpg\n/old/machine/c.jpg\n")
+    (split,), _ = read_yolo(tmp_path, ["train"])
+    assert split.image_root == tmp_path
+    with pytest.raises(DataError, match=r"image /old/machine/c\.jpg is missing"):
+        split.records[1]()
+    write_files(tmp_path, {"t.txt": "images/a.jpg\nimages/b.jpg\n"})
     (tmp_path / "images" / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"t\.txt lists 2 images, none of which is there, as .*images/a\.jpg"):
         read_all(tmp_path)

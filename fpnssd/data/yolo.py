@@ -43,13 +43,7 @@ def read_yolo(
     """
     config = read_config(path)
     images = _find_images(config, names)
-    every = [image for part in images.values() for image in part]
-    root = config.root
-    if not all(image.is_relative_to(root) for image in every):
-        try:
-            root = Path(os.path.commonpath([image.parent for image in every]))
-        except ValueError:  # Windows
-            raise DataError(f"the images that {config.path} names have to be on one drive") from None
+    root = _common_root(config, [image for part in images.values() for image in part])
     finder = LabelFinder(config.root)
     splits, survey = [], Survey()
     for name, part in images.items():
@@ -82,6 +76,18 @@ def _find_images(config: YoloConfig, names: Sequence[str]) -> dict[str, list[Pat
             endings = ", ".join(f"{count} x {ending}" for ending, count in sorted(passed_over.items()))
             print(f"note: {name}: files that are no images are passed over: {endings}")
     return images
+
+
+def _common_root(config: YoloConfig, images: list[Path]) -> Path:
+    """The data set's folder, or, where images lie outside of it, the folder that all images share."""
+    outside = [image for image in images if not image.is_relative_to(config.root)]
+    if not any(image.is_file() for image in outside):  # what is missing moves no root
+        return config.root
+    there = [image.parent for image in images if image.is_relative_to(config.root) or image.is_file()]
+    try:
+        return Path(os.path.commonpath(there))
+    except ValueError:  # Windows
+        raise DataError(f"the images that {config.path} names have to be on one drive") from None
 
 
 def _read_split(
@@ -211,8 +217,10 @@ def read_record(image: Path, label_file: Path | None, root: Path, config: YoloCo
         config: of the data set.
 
     Raises:
-        DataError: the file is no text, or a line of it is no label.
+        DataError: the file is no text, or a line of it is no label; or the image is missing and outside of the root.
     """
+    if not image.is_relative_to(root):
+        raise DataError(f"image {image} is missing", "image missing")
     record = Record(relative_path(image, root), str(label_file or image), [], normalized=True)
     lines = read_lines(label_file) if label_file else []
     if label_file and not lines:
