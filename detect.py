@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from fpnssd.data.images import IMAGE_SUFFIXES, DataError, load_image
+from fpnssd.data.images import DataError, load_image
 from fpnssd.inference.detector import (
     RUNTIMES,
     Detections,
@@ -40,7 +40,7 @@ from fpnssd.inference.detector import (
 from fpnssd.inference.draw import annotate
 from fpnssd.inference.inputs import Source, find_sources, unused_name
 from fpnssd.inference.outputs import OutputPaths, Outputs
-from fpnssd.inference.video import VIDEO_SUFFIXES, Video, write_video
+from fpnssd.inference.video import Video, write_video
 from model import DEFAULT_CHECKPOINT, DETECTION, FPNSSD, last_loaded_model, load_checkpoint
 from utils import InputError, error_message, escape_unprintable, whole_number
 
@@ -125,8 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_thresholds(args.min_score, args.max_overlap, args.top_k)
         paths = output_paths(args)
         sources = find_sources(args.images, paths.folders())
-        check_outputs(paths, sources)
-        outputs = Outputs(paths, yolo_scores=args.yolo_columns == 6)
+        inputs = [args.checkpoint, *(source.path for source in sources)]
+        outputs = Outputs(
+            paths, [source.name for source in sources], inputs, args.overwrite, yolo_scores=args.yolo_columns == 6
+        )
         detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
         suppress = classes_to_suppress(args.classes, args.suppress, detector.classes)
 
@@ -164,6 +166,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--yolo", metavar="FOLDER", help="write YOLO text, a file for each image, scores last")
     parser.add_argument("--yolo-columns", type=int, choices=(5, 6), default=6, help="5 leaves the scores out")
     parser.add_argument("--crops", metavar="FOLDER", help="write each object cut out, in a folder for each class")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="detect only these")
     parser.add_argument("--suppress", nargs="+", default=[], metavar="NAME", help="leave these classes out")
     parser.add_argument("--min-score", type=float, default=DETECTION.min_score, help="score threshold")
@@ -185,18 +188,6 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
         yolo=Path(args.yolo) if args.yolo else None,
         crops=Path(args.crops) if args.crops else None,
     )
-
-
-def check_outputs(paths: OutputPaths, sources: Sequence[Source]) -> None:
-    """Raises InputError if something that will be written is one of the inputs, or JSON has the name of a picture, as
-    it has where the shell makes --json a.jpg b.jpg of --json *.jpg."""
-    for option, path in (("--json", paths.json), ("--coco", paths.coco)):
-        if path and Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-            raise InputError(f"{option} {path}: that is no file to write text to; name one before the pictures")
-    inputs = {Path(source.path).resolve() for source in sources}
-    for path in paths.files([source.name for source in sources]):
-        if path.resolve() in inputs:
-            raise InputError(f"{path} is itself one of the inputs: choose another folder for the outputs")
 
 
 def classes_to_suppress(wanted: Sequence[str], suppressed: Sequence[str], classes: Sequence[str]) -> list[str]:

@@ -1,21 +1,31 @@
-"""torch.hub's door to the project, for code that does not live in this folder, and has not imported modules of its own
-by the names of ours (model, utils, images, ...): Python knows one of a name.
+"""Entry points of torch.hub, for code outside of this folder.
 
-detector = torch.hub.load("path/to/this/folder", "detector", source="local")
-found = detector.predict("photo.jpg", min_score=0.4)
+    detector = torch.hub.load("path/to/this/folder", "detector", source="local")
+    detections = detector.predict("photo.jpg", min_score=0.4)
+
+They fail in a program that has imported modules of its own called `model`, `utils` or `datasets`, as Python keeps one
+module of a name.
 """
 
-from fpnssd.inference.detector import load_detector
-from model import DEFAULT_CHECKPOINT, load_checkpoint
+import os
+from typing import Any
 
-dependencies = ["torch", "torchvision", "timm", "numpy", "PIL"]  # torch.hub looks whether these are installed
+from fpnssd.inference.detector import Detector, load_detector
+from model import DEFAULT_CHECKPOINT, FPNSSD, load_checkpoint
+
+dependencies = ["torch", "torchvision", "timm", "numpy", "PIL"]  # torch.hub checks that these are installed
 
 
-def detector(checkpoint=DEFAULT_CHECKPOINT, **options):
-    """A detector.Detector of a checkpoint or exported file; options as for detector.load_detector."""
+def detector(checkpoint: str | os.PathLike = DEFAULT_CHECKPOINT, **options: Any) -> Detector:
+    """A Detector of a checkpoint or exported file.
+
+    Args:
+        checkpoint: the one that ships, if not given.
+        options: of fpnssd.inference.detector.load_detector: device, runtime, precision.
+    """
     return load_detector(checkpoint, **options)
 
 
-def model(checkpoint=DEFAULT_CHECKPOINT):
-    """An FPNSSD on the CPU, in evaluation mode."""
+def model(checkpoint: str | os.PathLike = DEFAULT_CHECKPOINT) -> FPNSSD:
+    """The network of a checkpoint, on the CPU and in evaluation mode."""
     return load_checkpoint(checkpoint)["model"]

@@ -1,8 +1,11 @@
 """The published usage in a fresh process, the command line, and pictures that people can read."""
 
+import dataclasses
 import io
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from sure_network import save_sure_network
 
 from detect import annotate, detect, main, predict
 from fpnssd.data.voc import parse_voc_xml
-from fpnssd.inference.detector import Detections
-from fpnssd.inference.draw import class_colour, covered_areas, place_label
-from fpnssd.inference.inputs import find_sources
-from model import load_checkpoint
+from fpnssd.inference.detector import Detections, Detector
+from fpnssd.inference.draw import class_colour, covered_areas, find_font, label_text, place_label, system_fonts
+from fpnssd.inference.inputs import Source, find_sources
+from fpnssd.inference.outputs import write_voc_xml
+from model import load_checkpoint, save_checkpoint
+from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +99,7 @@ def test_command_line(folder, tmp_path, capsys):
 
 def test_photographs_are_never_overwritten(folder, tmp_path):
     before = (folder / "photo.jpg").read_bytes()
-    with pytest.raises(SystemExit, match="is itself one of the inputs"):
+    with pytest.raises(SystemExit, match="is an input of this call"):
         main([str(folder / "photo.jpg"), "--checkpoint", str(folder / "small.pth.tar"), "--out", str(folder)])
     assert (folder / "photo.jpg").read_bytes() == before
     other = tmp_path / "photo.jpg"
@@ -120,8 +125,8 @@ def test_a_photograph_is_no_file_for_answers(folder, tmp_path, option):
 
 
 def test_odd_pictures_and_names_stop_nothing(folder, tmp_path, capsys, monkeypatch):
-    """EXIF that makes PIL's reader raise struct.error; a picture that is a program for Ghostscript; a name beyond the
-    output's encoding."""
+    """EXIF that makes PIL's reader raise struct.error, which costs nothing; a picture that is a program for
+    Ghostscript; a name beyond the output's encoding."""
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # turned; then a tag of no sense
     exif += b"\x01\x19\0\x05\0\0\0\x01\0\0\0&\0\0\0\0\0\0\0H\0\0\0\x01"
     Image.open(folder / "photo.jpg").save(tmp_path / "1.jpg", exif=exif)
@@ -138,12 +143,159 @@ def test_odd_pictures_and_names_stop_nothing(folder, tmp_path, capsys, monkeypat
             + ["--coco", str(tmp_path / "found.json")]
         )
     said = capsys.readouterr().err
-    assert "1.jpg is damaged" in said
+    assert "1.jpg" not in said
     assert "2.jpg is no image that can be read" in said
     assert not started
     sys.stdout.flush()
     assert rb"\u732b.jpg: " in sys.stdout.buffer.getvalue()
-    assert {row["image_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {3}
+    assert {row["image_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {1, 3}
+
+
+def save_noise(path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((120, 90)).save(path, **options)
+
+
+def test_a_picture_that_fails_at_any_stage_costs_itself_alone(folder, tmp_path, capsys, monkeypatch):
+    """1.jpg cannot be read, 3.jpg fails in the network, 5.jpg when it is drawn: the others are whole in every form."""
+    for number in range(7):
+        save_noise(tmp_path / "in" / f"{number}.jpg")
+    (tmp_path / "in" / "1.jpg").write_bytes(b"hello")
+    predict_images = Detector.predict_images
+
+    def broken_network(self, images, *arguments):
+        sources = arguments[-1]
+        if any(source.endswith("3.jpg") for source in sources):
+            raise RuntimeError("CUDA out of memory")
+        return predict_images(self, images, *arguments)
+
+    def broken_pen(image, detections):
+        if detections.source.endswith("5.jpg"):
+            raise ZeroDivisionError("no room")
+        return annotate(image, detections)
+
+    monkeypatch.setattr(Detector, "predict_images", broken_network)
+    monkeypatch.setattr("fpnssd.inference.outputs.annotate", broken_pen)
+    forms = ["--json", str(tmp_path / "found.jsonl"), "--coco", str(tmp_path / "found.json"), "--min-score", "0.1"]
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                str(tmp_path / "in"),
+                "--checkpoint",
+                str(folder / "small.pth.tar"),
+                "--out",
+                str(tmp_path / "out"),
+                *forms,
+            ]
+        )
+    assert stopped.value.code == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n}.jpg" for n in (0, 2, 4, 6)]
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [Path(line["source"]).name for line in lines] == [f"{n}.jpg" for n in (0, 2, 4, 5, 6)]
+    assert {row["image_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {1, 3, 5, 6, 7}
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detect: ")]
+    assert [next(n for n in "135" if f"{n}.jpg" in line) for line in errors] == ["1", "3", "5"]
+    assert "RuntimeError: CUDA out of memory" in errors[1]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, signal.SIGTERM, OSError("disk full")])
+def test_what_was_found_is_written_at_every_end(folder, tmp_path, monkeypatch, ending):
+    for number in range(4):
+        save_noise(tmp_path / "in" / f"{number}.jpg")
+
+    def stop(source, loaded=Source.load):
+        if source.number == 3:
+            if isinstance(ending, signal.Signals):
+                signal.raise_signal(ending)
+            raise ending
+        return loaded(source)
+
+    monkeypatch.setattr(Source, "load", stop)
+    if isinstance(ending, OSError):  # outside of any picture
+        monkeypatch.setattr("detect.load_each", lambda sources, outputs: [(one, stop(one)) for one in sources])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(
+        SystemExit, match="disk full" if isinstance(ending, OSError) else "what was found so far is written"
+    ):
+        main(
+            [str(tmp_path / "in"), "--checkpoint", str(folder / "small.pth.tar"), "--no-pictures", "--batch-size", "1"]
+            + ["--coco", str(tmp_path / "found.json"), "--json", str(tmp_path / "found.jsonl"), "--min-score", "0.1"]
+        )
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert {row["image_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {1, 2}
+    assert len((tmp_path / "found.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.jsonl", "in"]
+
+
+def test_folders_are_read_whole_and_outputs_keep_them(folder, tmp_path, capsys):
+    root = tmp_path / "in"
+    for name in ("a.jpg", "deep/a.jpg", "deep/er/b.JPG", "deep/c.WebP", "out/old.jpg"):
+        save_noise(root / name, format=None if name.endswith("bP") else "JPEG")
+    (root / "deep" / "notes.txt").write_text("hello")
+    (root / "deep" / "again").symlink_to(root, target_is_directory=True)
+    main(
+        [str(root), "--checkpoint", str(folder / "small.pth.tar"), "--out", str(root / "out")]
+        + ["--voc-xml", str(tmp_path / "xml")]
+    )
+    written = sorted(str(path.relative_to(root / "out")) for path in (root / "out").rglob("*") if path.is_file())
+    assert written == ["a.jpg", "deep/a.jpg", "deep/c.WebP", "deep/er/b.JPG", "old.jpg"]
+    assert (tmp_path / "xml" / "deep" / "er" / "b.xml").is_file()
+    assert "passed over 1 .txt, 1 in out" in capsys.readouterr().err
+
+
+def test_outputs_are_none_of_the_users_files(folder, tmp_path):
+    """Annotations of the same name, as VOC's own, stay; what an earlier call wrote is replaced."""
+    checkpoint = ["--checkpoint", str(folder / "small.pth.tar"), "--no-pictures"]
+    for option, name in (("--voc-xml", "photo.xml"), ("--yolo", "photo.txt"), ("--json", ""), ("--coco", "")):
+        path = tmp_path / option / name if name else tmp_path / f"x{option}"
+        call = [str(folder / "photo.jpg"), *checkpoint, option, str(tmp_path / option if name else path)]
+        main(call)
+        own = path.read_bytes()
+        main(call)
+        assert path.read_bytes() == own
+        path.write_text("mine")
+        with pytest.raises(SystemExit, match="exists already and is no .* that this program wrote"):
+            main(call)
+        assert path.read_text() == "mine"
+        main([*call, "--overwrite"])
+        assert path.read_bytes() == own
+
+
+def test_yolo_labels_of_five_columns(folder, tmp_path):
+    checkpoint = ["--checkpoint", str(folder / "small.pth.tar"), "--no-pictures", "--min-score", "0.1"]
+    for columns in ("5", "6"):
+        main([str(folder / "photo.jpg"), *checkpoint, "--yolo", str(tmp_path / columns), "--yolo-columns", columns])
+    five, six = ((tmp_path / columns / "photo.txt").read_text().splitlines() for columns in "56")
+    assert [line.split()[:5] for line in six] == [line.split() for line in five]
+    assert five
+
+
+def test_names_that_xml_cannot_hold_are_named(tmp_path):
+    found = Detections(torch.tensor([[4.0, 4, 50, 40]]), torch.tensor([0.5]), torch.tensor([1]), ["a\x01"], (60, 80))
+    with pytest.raises(InputError, match=r"XML cannot hold the name 'a\\x01'"):
+        write_voc_xml(tmp_path / "a.xml", found, "a.jpg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_coco_results_have_the_training_lists_ids(folder, tmp_path):
+    torch.manual_seed(0)
+    model = load_checkpoint(folder / "small.pth.tar")["model"]
+    model.config = dataclasses.replace(model.config, category_ids=(17, 90))
+    save_checkpoint(tmp_path / "ids.pth.tar", model)
+    coco = ["--no-pictures", "--coco", str(tmp_path / "found.json"), "--min-score", "0.1"]
+    main([str(folder / "photo.jpg"), "--checkpoint", str(tmp_path / "ids.pth.tar"), *coco])
+    assert {row["category_id"] for row in json.loads((tmp_path / "found.json").read_text())} == {17, 90}
+
+
+def test_outputs_that_are_no_numbers_name_picture_and_model(folder, tmp_path, capsys, monkeypatch):
+    def nan(*arguments):
+        raise InputError("the outputs are NaN")
+
+    monkeypatch.setattr("fpnssd.inference.detector.postprocess", nan)
+    with pytest.raises(SystemExit):
+        main([str(folder / "photo.jpg"), "--checkpoint", str(folder / "small.pth.tar"), "--no-pictures"])
+    assert re.search(r"detect: .*photo\.jpg: .*small\.pth\.tar: the outputs are NaN", capsys.readouterr().err)
 
 
 def test_class_names_are_no_paths(folder, tmp_path):
@@ -269,10 +421,66 @@ def test_labels_keep_off_each_other():
         assert not covered_areas(np.array([same[-1][:2]]), (40, 15), same[:-1]).any()
 
 
+def to_lab(colours):
+    """CIELAB (D65) of sRGB colours (n, 3), from the definition."""
+    linear = np.array(colours) / 255
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    f = np.cbrt(linear @ to_xyz.T / (0.9505, 1, 1.089))
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+
+
 def test_colours_differ():
-    colours = [class_colour(label) for label in range(1, 21)]
-    distances = [sum(abs(a - b) for a, b in zip(c, d, strict=True)) for i, c in enumerate(colours) for d in colours[:i]]
-    assert min(distances) > 20
+    """VOC's 20 classes by more than 35 in CIELAB, where 2 is just visible; 60 classes at all."""
+    assert to_lab([(255, 0, 0)])[0] == pytest.approx([53.2, 80.1, 67.2], abs=0.2)  # known values of red
+    lab = to_lab([class_colour(label) for label in range(1, 21)])
+    distances = np.linalg.norm(lab[:, None] - lab, axis=2)[np.triu_indices(20, 1)]
+    assert distances.min() > 35
+    assert len({class_colour(label) for label in range(1, 61)}) == 60
+
+
+@pytest.mark.parametrize("name", ["\u0441\u043e\u0431\u0430\u043a\u0430", "\u03b3\u03ac\u03c4\u03b1", "\u0642\u0637"])
+def test_names_in_other_scripts_are_drawn(name):
+    """Russian, Greek, Arabic: matplotlib's font has their letters, so each is drawn in its own form."""
+    if name == "\u0642\u0637" and not features.check("raqm"):
+        pytest.skip("Pillow cannot join Arabic letters here")
+    text, font = label_text(name, 3, 20)
+    assert text == name
+    from fontTools.ttLib import TTFont  # which matplotlib needs
+
+    assert {ord(letter) for letter in name} <= set(TTFont(font.path).getBestCmap())
+
+
+def test_names_without_a_font_are_numbers(monkeypatch, capsys):
+    name = "\U000f0000"  # of private use, so no font of a system has it
+    find_font.cache_clear()
+    for _ in range(2):
+        assert label_text(name, 3, 20)[0] == "3"
+    assert capsys.readouterr().err.count("labels show its number, 3") == 1
+    found = Detections(torch.tensor([[4.0, 4, 50, 40]]), torch.tensor([0.5]), torch.tensor([3]), [name], (60, 80))
+    number = Detections(found.boxes, found.scores, found.labels, ["3"], found.size)
+    image = Image.new("RGB", (80, 60))
+    assert annotate(image, found).tobytes() == annotate(image, number).tobytes()
+
+
+def test_cjk_names_use_a_font_of_the_system(tmp_path, monkeypatch):
+    """A font with the character that is asked for, at a place where the system keeps fonts: here DejaVu in another
+    name, for a letter that Pillow's own font lacks."""
+    source = next(path for path in system_fonts() if Path(path).name == "DejaVuSans.ttf")
+    shutil.copy(source, tmp_path / "Han-Regular.ttf")
+    (tmp_path / "Broken-Regular.ttf").write_text("hello")
+    monkeypatch.setattr("fpnssd.inference.draw.system_fonts", lambda: tuple(map(str, sorted(tmp_path.iterdir()))))
+    find_font.cache_clear()
+    assert label_text("\u0436", 1, 20)[1].path == str(tmp_path / "Han-Regular.ttf")
+    find_font.cache_clear()
+
+
+def test_crowded_labels_still_keep_off_each_other():
+    """More labels at one box than there are places at it: they go elsewhere in the picture."""
+    taken = []
+    for _ in range(60):
+        taken.append(place_label([100, 100, 200, 200], (40, 15), (300, 300), taken))
+        assert not covered_areas(np.array([taken[-1][:2]]), (40, 15), taken[:-1]).any()
 
 
 def test_names_are_not_taken_twice():

@@ -1,5 +1,6 @@
 """Pictures of every kind in, the same answer out; alone, in batches, from threads; nothing given is changed."""
 
+import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from PIL import Image
 from sure_network import save_sure_network
 
 from fpnssd.data.images import DataError, load_image
-from fpnssd.inference.detector import Detections, load_detector
+from fpnssd.inference.detector import Detections, evaluation_mode, load_detector
 from model import FPNSSD, ModelConfig
 from utils import InputError
 
@@ -166,10 +167,80 @@ def test_malformed_pictures(detector, pixels, count):
         assert resident_bytes() <= 1.05 * before
 
 
-def test_a_model_in_training_mode_is_asked_in_evaluation_mode(pixels):
-    model = FPNSSD(ModelConfig(("cat",), "resnet18", image_size=64, fpn_channels=16)).train()
-    before = model.backbone.bn1.running_mean.clone()
-    detector = load_detector(model)
-    detector.predict(pixels)
-    assert torch.equal(model.backbone.bn1.running_mean, before)
+@pytest.fixture
+def training_model():
+    """Of which a part was put into evaluation mode, as people freeze a backbone's batch norm."""
+    model = FPNSSD(ModelConfig(("cat",), "test_resnet", image_size=64, fpn_channels=16)).train()
+    model.backbone.bn1.eval()
+    return model
+
+
+def modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_predicting_leaves_every_mode_and_statistic_alone(training_model, pixels):
+    """Also after an error, and after a picture that is none."""
+    before, state = modes(training_model), copy.deepcopy(training_model.state_dict())
+    detector = load_detector(training_model)
+    seen = []
+    hook = training_model.fpn.register_forward_hook(lambda module, inputs, output: seen.append(modes(training_model)))
+    first = detector.predict(pixels)
+    assert modes(training_model) == before
+    assert not any(seen[0].values())
+    hook.remove()
+
+    def fails(module, inputs):
+        raise RuntimeError("out of memory")
+
+    hook = training_model.fpn.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError):
+        detector.predict(pixels)
+    hook.remove()
+    assert modes(training_model) == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in training_model.state_dict().items())
+    same(load_detector(training_model.eval()).predict(pixels), first)
     assert detector.info["runtime"] == "torch"
+
+
+def test_modes_come_back_after_the_last_of_several_threads(training_model):
+    before = modes(training_model)
+    with evaluation_mode(training_model):
+        with ThreadPoolExecutor(1) as pool:
+
+            def other():
+                with evaluation_mode(training_model):
+                    pass
+
+            pool.submit(other).result()
+        assert not any(modes(training_model).values())  # the first one is still predicting
+    assert modes(training_model) == before
+
+
+def test_selected_detections():
+    found = Detections(
+        torch.arange(12.0).reshape(3, 4), torch.tensor([0.9, 0.6, 0.3]), torch.tensor([2, 1, 2]),
+        ["dog", "cat", "dog"], (10, 20), "a.jpg", (11, 18),
+    )  # fmt: skip
+    for selection in (found.scores > 0.5, slice(2), [0, 1], torch.tensor([0, 1]), np.array([True, True, False])):
+        part = found[selection]
+        assert (part.names, part.labels.tolist(), len(part)) == (["dog", "cat"], [2, 1], 2)
+        assert part.boxes.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert (part.size, part.source, part.category_ids) == ((10, 20), "a.jpg", (11, 18))
+    assert found[-1].scores.tolist() == pytest.approx([0.3])
+    assert [one.names for one in found] == [["dog"], ["cat"], ["dog"]]
+    assert len(found[found.scores > 1]) == 0
+
+
+def test_coco_rows_have_the_training_lists_ids():
+    torch.manual_seed(0)
+    config = ModelConfig(("cat", "dog"), "test_resnet", image_size=64, fpn_channels=16, category_ids=(17, 0))
+    found = load_detector(FPNSSD(config)).predict(torch.zeros(3, 9, 9), min_score=0.0, top_k=50)
+    rows = found.to_coco(7)
+    assert {row["category_id"] for row in rows} == {17, 0}
+    assert [{17: "cat", 0: "dog"}[row["category_id"]] for row in rows] == found.names
+
+
+def test_a_model_runs_on_torch(training_model):
+    with pytest.raises(InputError, match="a model runs on torch, not on onnx: give the path of its checkpoint"):
+        load_detector(training_model, runtime="onnx")

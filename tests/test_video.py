@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import signal
+import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sure_network import save_sure_network
 
 from detect import main
 from fpnssd.data.images import DataError
-from fpnssd.inference.detector import Detector, load_detector
+from fpnssd.inference.detector import Detections, Detector, load_detector
 from fpnssd.inference.video import Video, write_video
 
 av = pytest.importorskip("av")
@@ -80,7 +84,7 @@ def test_what_is_damaged_is_said_and_the_rest_goes_on(folder, tmp_path, capsys):
 
 def test_a_video_is_never_written_over(folder):
     before = (folder / "clip.mp4").read_bytes()
-    with pytest.raises(SystemExit, match="is itself one of the inputs"):
+    with pytest.raises(SystemExit, match="is an input of this call"):
         run(folder, folder, folder / "clip.mp4")
     assert (folder / "clip.mp4").read_bytes() == before
 
@@ -155,3 +159,57 @@ def test_ctrl_c_keeps_what_there_is(folder, tmp_path, monkeypatch):
     run(folder, tmp_path, folder / "clip.mp4")
     monkeypatch.undo()
     assert len(read(tmp_path / "clip.mp4")) == 4
+
+
+def test_sigterm_finishes_the_video_and_starts_no_other(folder, tmp_path, monkeypatch):
+    """An interrupted video is whole up to there, its results are written, and the next one is not begun."""
+
+    def interrupted(self, frames=Video.__iter__):
+        for number, frame in enumerate(frames(self)):
+            if number == 4:
+                signal.raise_signal(signal.SIGTERM)
+            yield frame
+
+    shutil.copy(folder / "clip.mp4", tmp_path / "second.mp4")
+    monkeypatch.setattr(Video, "__iter__", interrupted)
+    with pytest.raises(SystemExit, match="what was found so far is written"):
+        run(folder, tmp_path / "out", folder / "clip.mp4", tmp_path / "second.mp4", "--coco", tmp_path / "coco.json")
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "found.jsonl"]
+    assert len(read(tmp_path / "out" / "clip.mp4")) == 4
+    assert len((tmp_path / "out" / "found.jsonl").read_text().splitlines()) == 4
+    assert {row["image_id"] for row in json.loads((tmp_path / "coco.json").read_text())} == {3, 4, 5, 6}
+
+
+def test_an_endless_camera_takes_no_memory(folder, tmp_path, monkeypatch):
+    """Neither with COCO's results nor with files for each frame: what grows is on the disk."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((32, 24))
+
+    class Camera:
+        num_frames, rate, time_base = 0, 25, Fraction(1, 25)
+
+        def __init__(self, source):
+            self.source = source
+
+        def __iter__(self):
+            for time in range(3000):
+                if time in (500, 2999):
+                    sizes.append(tracemalloc.get_traced_memory()[0])
+                yield image, time
+
+    def found(self, images, *arguments):
+        boxes = torch.tensor([[1.0, 2, 20, 21]] * 5)
+        names = ["cat"] * 5
+        return [Detections(boxes, torch.ones(5), torch.ones(5, dtype=torch.long), names, (24, 32)) for _ in images]
+
+    sizes = []
+    monkeypatch.setattr("detect.Video", Camera)
+    monkeypatch.setattr(Detector, "predict_images", found)
+    tracemalloc.start()
+    try:
+        checkpoint = ["--checkpoint", str(folder / "small.pth.tar"), "--no-pictures"]
+        main(["camera:0", *checkpoint, "--coco", str(tmp_path / "found.json"), "--json", str(tmp_path / "found.jsonl")])
+    finally:
+        tracemalloc.stop()
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 15_000
+    assert sizes[1] - sizes[0] < 200_000  # bytes, of 2,500 frames with 12,500 objects

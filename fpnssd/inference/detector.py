@@ -29,7 +29,7 @@ from utils import InputError, autocast, pick_device, pick_precision
 
 RUNTIMES = ("auto", "torch", "onnx", "openvino")
 # What load_image reads: a path, an encoded file's bytes, a PIL image, an RGB array or tensor.
-ImageLike = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 T = TypeVar("T")
 
 
@@ -214,14 +214,17 @@ class Detector:
             min_score, max_overlap, top_k, suppress, sources: as for predict_images.
 
         Raises:
-            InputError: for an unknown class, or outputs that are not finite.
+            InputError: for an unknown class, a threshold out of range, or outputs that are NaN.
         """
         suppressed = set(suppress or ())
         unknown = sorted(suppressed - set(self.classes))
         if unknown:
             raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(self.classes)}")
         logits = suppress_classes(logits, [self.classes.index(name) + 1 for name in suppressed])
-        results = postprocess(offsets, logits, self.priors.to(offsets.device), sizes, min_score, max_overlap, top_k)
+        try:
+            results = postprocess(offsets, logits, self.priors.to(offsets.device), sizes, min_score, max_overlap, top_k)
+        except InputError as error:
+            raise InputError(f"{self.info['source']}: {error}") from error
         return [
             Detections(
                 boxes=result["boxes"].cpu(),

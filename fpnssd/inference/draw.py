@@ -152,14 +152,15 @@ def has_characters(path: str, text: str) -> bool:
         font = open_font(path, 16)
         absent = _glyph(font, "\U0010ffff")  # no character: drawn as the font draws what it lacks
         visible = {c for c in text if not c.isspace() and unicodedata.category(c) != "Cf"}
-        return all(_glyph(font, character) != absent for character in visible)
+        return all(_glyph(font, character) not in (None, absent) for character in visible)
     except (OSError, ValueError):  # a damaged font, one of bitmaps in another size; half a character in the text
         return False
 
 
-def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, character: str) -> tuple[tuple[int, int], bytes]:
+def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, character: str) -> tuple[tuple[int, int], bytes] | None:
+    """The form of a character; None if it is blank."""
     mask = font.getmask(character)
-    return mask.size, bytes(mask)
+    return (mask.size, bytes(mask)) if mask.getbbox() else None
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TextIO
@@ -13,11 +13,14 @@ from xml.etree import ElementTree
 from PIL import Image
 from tqdm import tqdm
 
+from fpnssd.data.images import IMAGE_SUFFIXES
 from fpnssd.evaluation.result_files import file_name_of
 from fpnssd.inference.detector import Detections
 from fpnssd.inference.draw import annotate
-from utils import InputError, atomic_write, error_message, write_text
+from fpnssd.inference.video import VIDEO_SUFFIXES, is_video
+from utils import InputError, atomic_write, check_outputs, error_message, file_ids, output_mark, write_text
 
+JSON, COCO, VOC_XML, YOLO = "JSON lines", "COCO results", "VOC annotation", "YOLO labels"  # kinds of outputs
 # What XML 1.0 cannot hold, not even escaped.
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -37,17 +40,27 @@ class OutputPaths:
         """The folders that outputs go to."""
         return [path for path in (self.pictures, self.voc_xml, self.yolo, self.crops) if path]
 
-    def files(self, names: Sequence[PurePath]) -> list[Path]:
-        """Every file that will be written for inputs of these names, as far as that is known before they are read:
-        cut-outs and the files of video frames depend on what is found."""
-        single = [Path(path) for path in (self.json, self.coco) if path and path != "-"]
-        suffixes = ((self.pictures, None), (self.voc_xml, ".xml"), (self.yolo, ".txt"))
-        return single + [
-            folder / (name.with_suffix(suffix) if suffix else name)
-            for folder, suffix in suffixes
-            if folder
-            for name in names
-        ]
+    def files(self, names: Sequence[PurePath]) -> list[tuple[str, Path]]:
+        """(kind, path) of every file that will be written for inputs of these names, for utils.check_outputs, as far as
+        it is known before they are read: cut-outs and the files of video frames depend on what is found.
+
+        Raises:
+            InputError: if the name for JSON or COCO's results is a picture's. The shell makes --json a.jpg b.jpg of
+                --json *.jpg.
+        """
+        for option, path in (("--json", self.json), ("--coco", self.coco)):
+            if path and Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                raise InputError(f"{option} {path}: that is no file to write text to; name one before the pictures")
+        files = [(JSON, Path(self.json))] if self.json and self.json != "-" else []
+        files += [(COCO, self.coco)] if self.coco else []
+        for name in names:
+            if self.pictures:
+                files.append(("video" if is_video(name.name) else "picture", self.pictures / name))
+            if self.voc_xml:
+                files.append((VOC_XML, self.voc_xml / name.with_suffix(".xml")))
+            if self.yolo:
+                files.append((YOLO, self.yolo / name.with_suffix(".txt")))
+        return files
 
 
 class Outputs:
@@ -58,14 +71,29 @@ class Outputs:
 
     Args:
         paths: where to.
+        names: the inputs' (see OutputPaths.files).
+        inputs: files that may not be written over.
+        overwrite: whether other files that this program did not write may be.
         yolo_scores: write YOLO's sixth column.
 
     Attributes:
         failures: images and videos that failed.
+
+    Raises:
+        InputError: before anything is written, for an output that would replace an input or a file of the user's.
     """
 
-    def __init__(self, paths: OutputPaths, yolo_scores: bool = True) -> None:
+    def __init__(
+        self,
+        paths: OutputPaths,
+        names: Sequence[PurePath] = (),
+        inputs: Iterable[str] = (),
+        overwrite: bool = False,
+        yolo_scores: bool = True,
+    ) -> None:
         self.paths, self.yolo_scores, self.failures = paths, yolo_scores, 0
+        self._overwrite, self._inputs = overwrite, file_ids(inputs)
+        check_outputs(paths.files(names), self._inputs, overwrite)
         self._json: TextIO | None = None
         self._coco: TextIO | None = None
         self._rows = 0
@@ -78,14 +106,13 @@ class Outputs:
             Path(self.paths.json).parent.mkdir(parents=True, exist_ok=True)
             self._json = self._stack.enter_context(open(self.paths.json, "w", encoding="utf-8"))
         if self.paths.coco:
-            temporary = self._stack.enter_context(atomic_write(self.paths.coco))
+            temporary = self._stack.enter_context(atomic_write(self.paths.coco, COCO))
             self._coco = self._stack.enter_context(open(temporary, "w", encoding="utf-8"))
             self._coco.write("[")
+            self._stack.callback(self._coco.write, "]\n")
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._coco:
-            self._coco.write("]\n")
         self._stack.close()  # without the error: what was found before it is kept
 
     @contextlib.contextmanager
@@ -135,7 +162,8 @@ class Outputs:
             self._coco.write("".join((",\n" if self._rows + k else "") + row for k, row in enumerate(rows)))
             self._rows += len(rows)
         if self._json:
-            print(json.dumps(detections.to_dict() | (frame or {})), file=self._json, flush=True)
+            mark = "" if self._json is sys.stdout else output_mark(JSON)  # on every line, as any may be the last
+            print(json.dumps(detections.to_dict() | (frame or {})) + mark, file=self._json, flush=True)
         if self.paths.pictures and frame is None:
             with self.failures_of(source):
                 path = self.paths.pictures / name
@@ -143,15 +171,26 @@ class Outputs:
                 shown = f"{source} -> {path}: {len(detections)} objects"
         if self.paths.voc_xml:
             with self.failures_of(source):
-                write_voc_xml(self.paths.voc_xml / name.with_suffix(".xml"), detections, name.name)
+                path = self.paths.voc_xml / name.with_suffix(".xml")
+                self._check(VOC_XML, path, frame)
+                write_voc_xml(path, detections, name.name)
         if self.paths.yolo:
             with self.failures_of(source):
-                write_yolo(self.paths.yolo / name.with_suffix(".txt"), detections, self.yolo_scores)
+                path = self.paths.yolo / name.with_suffix(".txt")
+                self._check(YOLO, path, frame)
+                write_yolo(path, detections, self.yolo_scores)
         if self.paths.crops:
             with self.failures_of(source):
-                write_crops(self.paths.crops, name, image, detections)
+                for path, crop in crops(self.paths.crops, name, image, detections):
+                    check_outputs([("picture", path)], self._inputs, self._overwrite)
+                    save_picture(path, crop)
         if frame is None:
             self.print("\n".join([shown, *(f"  {line}" for line in describe(detections))]))
+
+    def _check(self, kind: str, path: Path, frame: dict[str, float] | None) -> None:
+        """Checks a file of a video's frame; those of images were checked before any work."""
+        if frame is not None:
+            check_outputs([(kind, path)], self._inputs, self._overwrite)
 
 
 def describe(detections: Detections) -> Iterator[str]:
@@ -169,7 +208,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
     picture_format = Image.registered_extensions().get(path.suffix.lower(), "JPEG")
     if picture_format not in Image.SAVE:
         picture_format = "JPEG"
-    with atomic_write(path) as temporary:
+    with atomic_write(path, "picture") as temporary:
         picture.save(temporary, picture_format, quality=92)
 
 
@@ -200,7 +239,7 @@ def write_voc_xml(path: Path, detections: Detections, file_name: str) -> None:
         for tag, edge in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
             ElementTree.SubElement(corners, tag).text = f"{edge:.3f}"
     ElementTree.indent(root)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, VOC_XML) as temporary:
         ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
 
 
@@ -218,12 +257,14 @@ def write_yolo(path: Path, detections: Detections, scores: bool = True) -> None:
         numbers = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
         numbers += [score] if scores else []
         lines.append(" ".join([str(label - 1), *(f"{number:.6f}" for number in numbers)]) + "\n")
-    write_text(path, "".join(lines))
+    write_text(path, "".join(lines), YOLO)
 
 
-def write_crops(folder: Path, name: PurePath, image: Image.Image, detections: Detections) -> None:
-    """Writes each detection cut out of its image: CLASS/NAME_1.jpg and so on, best first."""
+def crops(
+    folder: Path, name: PurePath, image: Image.Image, detections: Detections
+) -> Iterator[tuple[Path, Image.Image]]:
+    """Each detection cut out of its image, with a path for it: CLASS/NAME_1.jpg and so on, best first."""
     for number, (box, _, _, label_name) in enumerate(detections.rows(), start=1):
         left, top, right, bottom = (round(edge) for edge in box)
         crop = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))  # at least a pixel
-        save_picture(folder / file_name_of(label_name) / name.with_name(f"{name.stem}_{number}.jpg"), crop)
+        yield folder / file_name_of(label_name) / name.with_name(f"{name.stem}_{number}.jpg"), crop

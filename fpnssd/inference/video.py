@@ -114,7 +114,7 @@ def write_video(path: Path, like: Video) -> Iterator[Callable[[Image.Image, int]
             nonlocal container, stream
             width, height = (side // 2 * 2 for side in image.size)  # encoders take even sides
             if container is None:
-                temporary = stack.enter_context(atomic_write(path))
+                temporary = stack.enter_context(atomic_write(path, "video"))
                 container = stack.enter_context(av.open(temporary, "w", format="mp4"))
                 stream = _add_stream(container, width, height, like)
             frame = av.VideoFrame.from_image(image.crop((0, 0, width, height)))
