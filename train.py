@@ -30,6 +30,7 @@ from fpnssd.data.pixel_cache import PixelCache
 from fpnssd.evaluation.metrics import compute_metrics
 from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.inference.detector import torch_detector
+from fpnssd.model_config import ssd_prior_shapes
 from fpnssd.training import distributed
 from fpnssd.training.checkpoints import Run, as_builtins, holds_a_run, warn_if_unwritable
 from fpnssd.training.config import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
@@ -160,11 +161,11 @@ class Training:
         # A run that goes on has its weights, and so has one that takes another's: no download is needed.
         other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
         has_backbone = resume or (other is not None and other.config.backbone == config.backbone)
-        shape = {name: getattr(config, name) for name in ("fpn_channels", "scales", "neck")}
+        shape = {"fpn_channels": config.fpn_channels, "prior_shapes": ssd_prior_shapes(config.scales)}
         model_config = ModelConfig(classes, config.backbone, config.image_size, **shape)
         model = FPNSSD(model_config, "none" if has_backbone else config.backbone_weights)
         if config.class_loss != "ohem":
-            model.start_from_background(0.99)
+            model.init_class_bias(0.99)
         if other is not None:
             said = load_weights(model, other)
             if distributed.is_main():

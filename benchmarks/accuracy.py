@@ -94,7 +94,6 @@ VARIANTS = {
     "copy_paste": ["augment.copy_paste=0.5", "augment.close_epochs=3"],
     "balance": ["class_balance=0.5"],
     "smaller_priors": ["scales=(0.06, 0.14, 0.28, 0.44, 0.6, 0.76, 0.9)"],
-    "no_way_down": ["neck=ssd"],
     "narrow_fpn": ["fpn_channels=64"],
     "wide_fpn": ["fpn_channels=192"],
     "lite1": ["backbone=tf_efficientnet_lite1"],

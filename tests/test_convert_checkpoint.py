@@ -16,7 +16,9 @@ from torchvision.models import resnet50
 
 from fpnssd.data.voc import VOC_CLASSES
 from fpnssd.legacy.convert import convert, main
-from model import CheckpointError, ModelConfig, load_checkpoint, make_priors
+from fpnssd.legacy.network import original_config
+from fpnssd.safe_load import CheckpointError
+from model import load_checkpoint, make_priors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # as torch's older format keeps it
 LEVELS = {"p3": 4, "p4": 6, "p5": 6, "p6": 6, "p7": 4, "p8": 4, "p9": 4}  # priors a cell
@@ -125,7 +127,7 @@ def test_old_files_become_ours(tmp_path, capsys, base_module, head_module, zippe
     said = capsys.readouterr().out
     assert "epoch 280; left out: the optimizer, base.resnet.fc" in said
     model = load_checkpoint(tmp_path / "new.pth.tar")["model"]
-    assert model.config == ModelConfig.original(VOC_CLASSES)
+    assert model.config == original_config(VOC_CLASSES)
     images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     offsets, logits = plain_answer(old.eval().state_dict(), images)
     for found, expected in zip(model(images), (offsets, logits), strict=True):
@@ -143,7 +145,7 @@ def test_the_originals_priors():
         for row in range(side):
             for column in range(side):
                 expected += [((column + 0.5) / side, (row + 0.5) / side, *shape) for shape in shapes]
-    priors = make_priors(ModelConfig.original(("a",)), [(side, side) for side in sides])
+    priors = make_priors(original_config(("a",)), [(side, side) for side in sides])
     assert len(priors) == 8532
     torch.testing.assert_close(priors, torch.tensor(expected).clamp(0, 1))
 

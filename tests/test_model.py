@@ -345,7 +345,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, small_model):
 @pytest.mark.parametrize("share", [0.75, 0.99])
 def test_class_scores_start_from_background(share):
     model = FPNSSD(small_config())
-    model.start_from_background(share)
+    model.init_class_bias(share)
     for head in model.class_heads:
         scores = head.bias.view(-1, 3).softmax(dim=1)
         torch.testing.assert_close(scores, torch.tensor([[share, (1 - share) / 2, (1 - share) / 2]]).expand_as(scores))

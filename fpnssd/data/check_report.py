@@ -15,6 +15,7 @@ import torch
 from torchvision.ops import box_convert, box_iou
 
 from fpnssd.data.checks import ACTIONS, Split
+from fpnssd.model_config import ASPECT_RATIOS, SCALES
 from model import ModelConfig, make_priors
 from utils import atomic_write, write_text
 
@@ -149,8 +150,7 @@ def draw_report(report: Report, path: Path) -> None:
     """Draws the histograms of classes, sizes and aspects, with the priors' scales and ratios as dotted lines."""
     from matplotlib.figure import Figure  # here, because it takes a second
 
-    config = ModelConfig(classes=("any",), image_size=report["image_size"])
-    ratios = sorted({1.0, *(r for level in config.aspect_ratios for ratio in level for r in (ratio, 1 / ratio))})
+    ratios = sorted({1.0, *(r for level in ASPECT_RATIOS for ratio in level for r in (ratio, 1 / ratio))})
     classes = list(next(iter(report["splits"].values()))["classes"])
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_class, by_side, by_aspect = figure.subplots(1, 3)
@@ -166,7 +166,7 @@ def draw_report(report: Report, path: Path) -> None:
     by_class.invert_yaxis()
     by_class.set(xscale="symlog", title="objects of each class")
     by_class.legend()
-    sides = [scale * report["image_size"] for scale in config.scales]
+    sides = [scale * report["image_size"] for scale in SCALES]
     for axis, lines in ((by_side, sides), (by_aspect, ratios)):
         for line in lines:
             axis.axvline(line, color="grey", linewidth=0.8, linestyle=":")

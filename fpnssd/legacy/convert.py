@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 from fpnssd.data.voc import VOC_CLASSES
-from model import FPNSSD, CheckpointError, ModelConfig, save_checkpoint
+from fpnssd.legacy.network import original_config
+from fpnssd.safe_load import CheckpointError
+from model import FPNSSD, save_checkpoint
 from utils import InputError, check_outputs, error_message
 
 PROJECT_CLASSES = {"SSD300", "FPNBase", "PredictionConvolutions"}  # from whatever module they were run in
@@ -57,7 +59,7 @@ def convert(path, classes=VOC_CLASSES):
     if not isinstance(content, dict) or not isinstance(content.get("model"), Inert):
         raise CheckpointError(f"{path} is not the original project's: it has no module under 'model'")
     old = OrderedDict(tensors_of(content["model"]))
-    model = FPNSSD(ModelConfig.original(classes))
+    model = FPNSSD(original_config(classes))
     state, unused = translated(old, model.state_dict(), path)
     model.load_state_dict(state)
     dropped = ["the optimizer"] * ("optimizer" in content)

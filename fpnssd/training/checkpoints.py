@@ -28,7 +28,7 @@ FREE = {
     "batch_size", "weights",
 }  # fmt: skip
 FIXED = {
-    "backbone", "image_size", "neck", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split",
+    "backbone", "image_size", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split",
     "seed", "frozen_stages", "batch_norm", "class_balance",
 }  # fmt: skip
 

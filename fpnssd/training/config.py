@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig
+from fpnssd.model_config import SCALES
 from fpnssd.training.checkpoints import saved_config
 from fpnssd.training.distributed import num_processes
 from fpnssd.training.loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
-from model import ModelConfig
 from utils import InputError
 
 
@@ -30,9 +30,8 @@ class TrainConfig:
     backbone_weights: str = "imagenet"  # or none, or a file
     weights: str = ""  # a checkpoint to start from, of any classes: what fits is taken
     image_size: int = 300
-    neck: str = "fpn"  # or ssd: without the top-down path
     fpn_channels: int = 256
-    scales: tuple = ModelConfig.scales  # of the priors, a level each
+    scales: tuple = SCALES  # of the priors, a level each
     frozen_stages: int = 1  # backbone stages that do not train: -1 none, 0 the stem, k the stem and k stages
     batch_norm: str = "frozen"  # the backbone's keeps its ImageNet statistics and factors; or train; or sync: over GPUs
 
@@ -124,7 +123,6 @@ FLAGS = (
     "workers", "seed", "device", "precision", "compile",
 )  # fmt: skip
 CHOICES = {
-    "neck": ("fpn", "ssd"),
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "steps"),
     "batch_norm": ("frozen", "train", "sync"),

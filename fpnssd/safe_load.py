@@ -1,0 +1,196 @@
+"""torch.load for files that anybody may have made: what they cost is checked before anything is built.
+
+torch's weights_only loader runs no foreign code, but it builds whatever a file describes: 2 kB of nested tuples take
+minutes to hash, a compressed archive grows a thousandfold. Here the archive and the pickle's instructions come first.
+"""
+
+import os
+import pickle
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from utils import InputError
+
+MAX_OBJECTS, MAX_DEPTH = 5_000_000, 100  # an object counts as often as it is referred to
+# The names a pickle may hold beside torch's dtypes and storages; torch.load refuses more of them.
+NAMES = {
+    "model build_model",
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+CONSTANTS = {
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+}  # fmt: skip
+# How many objects of the stack an instruction takes; "mark" is all down to the mark.
+BUILT_FROM: dict[str, int | str] = {
+    "EMPTY_TUPLE": 0, "EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3,
+    "TUPLE": "mark", "LIST": "mark", "DICT": "mark", "FROZENSET": "mark", "REDUCE": 2, "BINPERSID": 1,
+}  # fmt: skip
+ADDED_TO: dict[str, int | str] = {
+    "APPEND": 1,
+    "SETITEM": 2,
+    "BUILD": 1,
+    "APPENDS": "mark",
+    "SETITEMS": "mark",
+    "ADDITEMS": "mark",
+}
+
+
+class CheckpointError(InputError):
+    """A file that is no checkpoint of ours, or one that is not safe to load."""
+
+
+def load_tensors(path: str | Path) -> Any:
+    """The content of a checkpoint, on the CPU, by torch.load with weights_only=True.
+
+    Args:
+        path: a zip file that torch.save wrote.
+
+    Raises:
+        CheckpointError: for any other file, one that refers to code, or one that would cost much more memory or time
+            than its size; nothing in it has been run.
+    """
+    check_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError as error:  # of model.build_model
+        raise CheckpointError(f"{path} was refused, and nothing in it was run: {error}") from error
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        AttributeError,
+    ) as error:
+        # Without torch's own words: they advise to load the file unsafely.
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__} while it was read)"
+        ) from error
+    return content
+
+
+def check_file(path: str | Path, old_format: bool = False) -> None:
+    """Raises CheckpointError unless torch.load can read the file at a cost that its size explains.
+
+    Args:
+        path: the file.
+        old_format: also take the format of torch before 1.6, in which weights of backbones are still given away.
+    """
+    size = os.path.getsize(path)
+    try:
+        if zipfile.is_zipfile(path):
+            _check_pickle(_pickle_of_zip(path, size), size)
+            return
+        with open(path, "rb") as file:
+            if file.read(1) == b"\x80":
+                if not old_format:
+                    raise CheckpointError("is a pickle that may run code" + HINT.format(path))
+                file.seek(0)
+                for _ in range(5):  # magic number, protocol, system, content, keys of the storages; then these
+                    _check_pickle(file, size)
+                return
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} was refused, and nothing in it was run: it {error}") from None
+    except Exception as error:  # whatever a damaged file makes zipfile and pickletools raise
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({error})") from error
+    raise CheckpointError(f"{path} is no checkpoint of train.py (not a zip file; cut short, or something else)")
+
+
+HINT = (
+    "; checkpoints of train.py hold no other names than torch's. If it is of the original FPN-SSD300 project, "
+    "python -m fpnssd.legacy.convert {} NEW.pth.tar makes one of ours of it without running it"
+)
+
+
+def _pickle_of_zip(path: str | Path, size: int) -> IO[bytes]:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError("is compressed, which torch.save never does")
+        if sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError("describes more bytes than it has")
+        names = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise CheckpointError("is a zip file without data.pkl, so torch.save did not write it")
+        return archive.open(names[0])
+
+
+def _check_pickle(file: IO[bytes], size: int) -> None:
+    """Raises CheckpointError for a pickle that names code, or describes more objects than it could honestly hold.
+
+    Follows the pickle's stack with [objects, depth, numbers] in place of each object, an object counting as often as it
+    is referred to: hashing and printing visit it as often.
+    """
+    stack: list[list] = []
+    marks: list[int] = []  # how many objects the stack had at each mark
+    memo: dict[int, list] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name in CONSTANTS:
+            stack.append([1, 0, argument])
+        elif name == "GLOBAL":
+            _check_name(argument)
+            stack.append([1, 0, None])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in BUILT_FROM:
+            parts = _take(stack, marks, BUILT_FROM[name])
+            if name == "BINPERSID":
+                _check_storage(parts[0], size)
+            stack.append(_joined([1, 0, [part[2] for part in parts] if name == "TUPLE" else None], parts))
+        elif name in ADDED_TO:
+            parts = _take(stack, marks, ADDED_TO[name])
+            _joined(stack[-1], parts)
+        elif name == "STOP":
+            return
+        elif name != "PROTO":
+            raise CheckpointError(f"has the instruction {name}, which torch.save never writes")
+    raise CheckpointError("ends before its content does")
+
+
+def _take(stack: list[list], marks: list[int], count: int | str) -> list[list]:
+    """Removes the last `count` objects from the stack, or those after the last mark."""
+    start = marks.pop() if isinstance(count, str) else len(stack) - count
+    parts = stack[start:]
+    del stack[start:]
+    return parts
+
+
+def _joined(target: list, parts: list[list]) -> list:
+    target[0] += sum(part[0] for part in parts)
+    target[1] = max([target[1], *(part[1] + 1 for part in parts)])
+    if target[0] > MAX_OBJECTS or target[1] > MAX_DEPTH:
+        raise CheckpointError("nests its objects deeper or more often than any checkpoint")
+    return target
+
+
+def _check_name(argument: str) -> None:
+    module, _, name = argument.partition(" ")
+    of_torch = module in ("torch", "torch.storage") and (
+        name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
+    )
+    if argument not in NAMES and not of_torch:
+        raise CheckpointError(f"names {module}.{name}" + HINT.format("OLD"))
+
+
+def _check_storage(saved: list, size: int) -> None:
+    """saved: of ("storage", type, key, device, number of elements), with what the older format adds."""
+    number = saved[2][4] if isinstance(saved[2], list) and len(saved[2]) >= 5 else None
+    if not isinstance(number, int) or not 0 <= number <= size:
+        raise CheckpointError("describes more numbers than it has")
