@@ -64,6 +64,7 @@ class Limits:
 
     file_bytes: int = 20 * 10**6  # of one picture
     pixels: int = 50 * 10**6  # of one picture
+    decoding_bytes: int = 270 * 10**6  # that decoding one picture takes: some formats need more for each pixel
     at_once: int = 2  # pictures decoded at a time: the network runs on one while another is read
     bodies: int = 64  # requests whose body is in memory
     body_seconds: float = 30.0  # in which a body has to arrive
@@ -160,7 +161,7 @@ class Service:
 
     def run_network(self, data: bytes, name: str) -> Outputs:
         start = time.perf_counter()
-        picture = load_image(data, name or "that was sent", self.limits.pixels)
+        picture = load_image(data, name or "that was sent", self.limits.pixels, self.limits.decoding_bytes)
         offsets, logits = self.detector.run_network([picture])
         seconds, size = time.perf_counter() - start, (picture.height, picture.width)
         picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
@@ -172,7 +173,7 @@ class Service:
         return detections
 
     def draw(self, outputs: Outputs, thresholds: dict[str, Any]) -> bytes:
-        picture = load_image(outputs.data, outputs.name, self.limits.pixels)
+        picture = load_image(outputs.data, outputs.name, self.limits.pixels, self.limits.decoding_bytes)
         return to_jpeg(annotate(picture, self.decode(outputs, thresholds)), 92)
 
     async def in_thread(self, request: Request, function: Callable[..., Any], *args: Any) -> Any:

@@ -12,10 +12,13 @@ import argparse
 import gc
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
@@ -23,22 +26,42 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError, to_pixels
+from fpnssd.data.pixel_cache import PixelCache
 from fpnssd.inference.draw import class_colour
 from fpnssd.training.config import set_fields
 from fpnssd.training.cpu_memory import MALLOC_DEFAULTS, tune_malloc
 from utils import InputError, atomic_write, check_outputs, error_message, whole_number
 
+Key = tuple[int, int, int]  # epoch, index of the image, occurrence of the image in the epoch
 
-class DetectionDataset(Dataset):
-    """dataset[epoch, index, occurrence] -> a sample; dataset[index] is its first time in epoch 0.
 
-    A sample: image uint8 (3, S, S), boxes_norm (n, 4) float32 xyxy in 0..1 of the square, labels, difficult, crowd
-    (n,), image_id, size (h, w) of the original, key: the three numbers. Its randomness comes from the seed and the key
-    alone, so it does not matter which worker makes it, or in which order. cache: a PixelCache of the list. num_epochs:
-    of the training, so that mosaic and copy-paste can end augment.close_epochs before it does.
+class DetectionDataset(Dataset[dict[str, Any]]):
+    """The images of a data list, augmented, and their ground truth.
+
+    dataset[epoch, index, occurrence] is a sample: image uint8 (3, S, S); boxes_norm float32 (n, 4), xyxy in 0..1 of the
+    square; labels int64 (n,), 1..C; difficult and crowd bool (n,); image_id; size, (height, width) of the original;
+    key, the three numbers. dataset[index] is dataset[0, index, 0]. The augmentation of a sample depends on the seed and
+    the key alone: not on the worker that makes it, nor on the order.
+
+    Args:
+        data_list: the images and their objects.
+        image_size: S, side of the network's input in pixels.
+        augment: probabilities and ranges of the augmentation.
+        seed: of the augmentation.
+        cache: decoded images of the same data list; None decodes files.
+        num_epochs: length of the training, so that mosaic and copy-paste end augment.close_epochs before it does; None
+            never ends them.
     """
 
-    def __init__(self, data_list, image_size=300, augment=NO_AUGMENTATION, seed=0, cache=None, num_epochs=None):
+    def __init__(
+        self,
+        data_list: DataList,
+        image_size: int = 300,
+        augment: AugmentConfig = NO_AUGMENTATION,
+        seed: int = 0,
+        cache: PixelCache | None = None,
+        num_epochs: int | None = None,
+    ):
         self.data_list = data_list
         self.image_size = image_size
         self.augment = augment
@@ -46,10 +69,15 @@ class DetectionDataset(Dataset):
         self.cache = cache
         self.num_epochs = num_epochs
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.data_list)
 
-    def photograph(self, index):
+    def photograph(self, index: int) -> Photograph:
+        """Returns the decoded image and its objects, before augmentation.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
         target = self.data_list.target(index)
         pixels = self.cache.read(index) if self.cache else None
         return Photograph(
@@ -61,7 +89,7 @@ class DetectionDataset(Dataset):
             size=target["size"],
         )
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | Key) -> dict[str, Any]:
         epoch, index, occurrence = key if isinstance(key, tuple) else (0, key, 0)
         rng = np.random.default_rng([self.seed, epoch, index, occurrence])
         config, side = self.augment, self.image_size
@@ -76,9 +104,10 @@ class DetectionDataset(Dataset):
         if rng.random() < config.copy_paste:
             donor = self.photograph(int(rng.integers(len(self))))
             pixels, objects = copy_paste(rng, pixels, objects, donor, config)
+        boxes_norm = (objects["boxes"] / side).astype(np.float32)  # pixels of the square -> 0..1
         return {
             "image": pixels,  # uint8 (3, S, S)
-            "boxes_norm": torch.from_numpy((objects["boxes"] / side).astype(np.float32)),  # (n, 4)
+            "boxes_norm": torch.from_numpy(boxes_norm),  # (n, 4)
             "labels": torch.from_numpy(objects["labels"]),
             "difficult": torch.from_numpy(objects["difficult"]),
             "crowd": torch.from_numpy(objects["crowd"]),
@@ -88,11 +117,14 @@ class DetectionDataset(Dataset):
         }
 
 
-def collate(samples):
-    """Samples -> a batch: image (B, 3, S, S), objects padded to the most of any image (label 0 is padding).
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Makes a batch of samples of DetectionDataset.
 
-    default_collate stacks: in a worker it writes right into the memory that the main process reads.
+    Returns:
+        image uint8 (B, 3, S, S), channels last in memory; boxes_norm (B, N, 4), labels, difficult and crowd (B, N),
+        N the most objects of any image, the others padded with label 0; lists of image_id, size and key.
     """
+    # In a worker, default_collate stacks right into memory that it shares with the main process.
 
     def padded(name):
         rows = torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
@@ -111,11 +143,16 @@ def collate(samples):
     }
 
 
-def balanced_weights(data_list, power):
-    """How often to draw each image, (images,): (images / images with its rarest class) ** power.
+def balanced_weights(data_list: DataList, power: float) -> np.ndarray:
+    """Returns sampling weights that draw images of rare classes more often.
 
-    0 is all alike, 0.5 the square root of LVIS (arXiv:1908.03195), 1 full balance. Images without objects count as the
-    commonest class.
+    Args:
+        data_list: whose images to weigh.
+        power: 0 gives all images the same weight, 0.5 is LVIS's square root (arXiv:1908.03195), 1 balances fully.
+
+    Returns:
+        (images,) float64: (images / images with the rarest class of this one) ** power. Images without objects have the
+        weight of the commonest class.
     """
     rows = data_list.object_images[~data_list.crowd]
     labels = data_list.labels[~data_list.crowd]
@@ -126,16 +163,31 @@ def balanced_weights(data_list, power):
     return weights
 
 
-class EpochSampler(Sampler):
-    """Yields (epoch, index, occurrence) in an order drawn from the seed and the epoch, `start` samples in.
+class EpochSampler(Sampler[Key]):
+    """Yields (epoch, index, occurrence) in an order drawn from the seed and the epoch.
 
-    Without weights each index comes once; with weights (n,) it comes n * its share of them times, rounded up or down at
-    random, the occurrence counting them. Of several processes each takes every num_processes-th sample from its rank
-    on, so that together their batches are those of one process with a batch as large as theirs together. limit: of an
-    epoch's samples only so many, those that fill whole batches.
+    Several processes together draw the batches that one process would with their batch sizes added up: each takes every
+    num_processes-th sample, beginning with its rank.
+
+    Args:
+        length: number of images.
+        seed: of the order.
+        weights: (length,) how often to draw each image: length times its share of the sum, rounded up or down at
+            random, `occurrence` counting them. None draws each image once.
+        rank: of this process.
+        num_processes: that train together.
+        limit: number of samples of an epoch, to leave out those that fill no whole batch; None for all.
     """
 
-    def __init__(self, length, seed=0, weights=None, rank=0, num_processes=1, limit=None):
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        weights: np.ndarray | None = None,
+        rank: int = 0,
+        num_processes: int = 1,
+        limit: int | None = None,
+    ):
         self.length = length
         self.limit = length if limit is None else limit
         self.seed = seed
@@ -144,15 +196,19 @@ class EpochSampler(Sampler):
         self.epoch = 0
         self.start = 0
 
-    def __len__(self):
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch that the next iteration yields, and how many of its samples to skip (on resuming)."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
         return len(range(self.start + self.rank, self.limit, self.num_processes))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng([self.seed, self.epoch])
         if self.cumulative is None:
             order, occurrences = rng.permutation(self.length), np.zeros(self.length, dtype=int)
         else:
-            # Systematic sampling: evenly spaced points on the weights laid end to end.
+            # Systematic sampling: evenly spaced points on the cumulative weights.
             points = (rng.random() + np.arange(self.length)) / self.length
             drawn = np.searchsorted(self.cumulative, points, side="right").clip(max=self.length - 1)
             shuffled = rng.permutation(self.length)
@@ -161,23 +217,36 @@ class EpochSampler(Sampler):
             yield self.epoch, int(order[position]), int(occurrences[position])
 
 
-def _start_worker(_):
-    # A signal to the whole group is for the main process, which stops its workers itself: in need with SIGTERM too, so
-    # only the first one is passed over.
+def _start_worker(_: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole process group. The main process stops its workers, if need be with SIGTERM:
+    # so workers ignore Ctrl-C and the first SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)
     # Python's garbage collection writes into every object it visits, and so copies the pages that a fork shares.
     gc.freeze()
-    # glibc would keep the room of batches in its heap, in pieces: up to 200 MB a worker. Above 4 MB it gives room back,
-    # which a training on the CPU told it not to before the fork.
+    # glibc would keep the memory of batches in a fragmented heap: up to 200 MB a worker. Blocks above 4 MB go back to
+    # the system; a training on the CPU has turned that off before the fork.
     tune_malloc(**MALLOC_DEFAULTS | {"mmap_threshold": 4 * 2**20})
 
 
-def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=False, start_method=None):
-    """Batches in the sampler's order, the last one short left out; without a sampler every image once, in order.
+def make_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    epoch_sampler: EpochSampler | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> DataLoader:
+    """Returns a loader of batches (see collate).
 
-    start_method: fork, spawn or forkserver for the worker processes; None is the system's.
+    Args:
+        dataset: whose samples to load.
+        batch_size: samples in a batch.
+        epoch_sampler: their order, an incomplete last batch left out; None gives every image once, in order.
+        workers: number of processes that load; 0 loads in this one.
+        pin_memory: whether batches lie in pinned memory, from which they are copied to a GPU faster.
+        start_method: fork, spawn or forkserver for the worker processes; None is the system's default.
     """
     return DataLoader(
         dataset,
@@ -196,11 +265,11 @@ def make_loader(dataset, batch_size, epoch_sampler=None, workers=0, pin_memory=F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking at it
+# Preview
 
 
-def draw_batch(batch, classes, columns=4):
-    """A batch as one PIL image, a grid of its samples with their boxes and class names."""
+def draw_batch(batch: dict[str, Any], classes: Sequence[str], columns: int = 4) -> Image.Image:
+    """Returns a grid of the samples of a batch, `columns` wide, with their boxes and class names."""
     pictures = []
     for image, boxes, labels, difficult, crowd in zip(
         *(batch[name] for name in ("image", "boxes_norm", "labels", "difficult", "crowd")), strict=True
@@ -215,7 +284,7 @@ def draw_batch(batch, classes, columns=4):
     return to_pil_image(make_grid(pictures, nrow=columns, padding=4, pad_value=255))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws augmented samples of a data list, as training will see them.")
     parser.add_argument("list", help="a data list, such as data/voc2012/train.json")
     parser.add_argument("--preview", default="preview.png", metavar="PICTURE", help="file to write (preview.png)")

@@ -282,8 +282,7 @@ class Training:
     def train_epoch(self, epoch):
         """One epoch, or what is left of it (nothing, if only its evaluation failed); returns its row of the log."""
         run, first = self.run, self.run.step - epoch * self.steps_per_epoch
-        self.sampler.epoch = epoch
-        self.sampler.start = first * run.step_images
+        self.sampler.set_epoch(epoch, start=first * run.step_images)
         set_train_mode(run.model)
         clock = Clock(run)
         batches = iter(self.loader) if first < self.steps_per_epoch else None

@@ -148,7 +148,7 @@ def loader_speed(data_list, batch_size=32):
             loader = make_loader(dataset, min(batch_size, len(dataset)), sampler, workers)
             speeds = []
             for epoch in range(3):  # the first starts the workers
-                sampler.epoch = epoch
+                sampler.set_epoch(epoch)
                 start, images = time.perf_counter(), 0
                 for batch in loader:
                     images += len(batch["image"])

@@ -30,7 +30,7 @@ def test_sample_without_augmentation(drawn):
 
 def batches(dataset, workers, epoch, start_method=None):
     sampler = EpochSampler(len(dataset), seed=5)
-    sampler.epoch = epoch
+    sampler.set_epoch(epoch)
     return list(make_loader(dataset, 4, sampler, workers, start_method=start_method))
 
 
@@ -77,7 +77,7 @@ def test_weighted_sampling_keeps_its_shares():
     counts = np.zeros(5)
     for epoch in range(200):
         sampler = EpochSampler(5, seed=1, weights=weights)
-        sampler.epoch = epoch
+        sampler.set_epoch(epoch)
         keys = list(sampler)
         assert len(set(keys)) == 5  # an index that comes again has another occurrence
         for index in range(5):
@@ -114,7 +114,7 @@ def test_balancing_evens_out_classes(drawn):
         drawn_rows = []
         for epoch in range(20):
             sampler = EpochSampler(len(data_list), weights=balanced_weights(data_list, power))
-            sampler.epoch = epoch
+            sampler.set_epoch(epoch)
             drawn_rows += [index for _, index, _ in sampler]
         shares.append(np.mean([row in with_rare for row in drawn_rows]))
     assert shares[1] > shares[0]

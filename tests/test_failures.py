@@ -58,7 +58,7 @@ def test_a_loss_that_is_not_finite(drawn, in_tmp, monkeypatch, batch_norm):
         assert picture.width > 200
     ids = [int(text) for text in re.search(r"on images \[(.*?)\]", str(raised.value))[1].split(", ")]
     sampler = EpochSampler(12, seed=0)
-    sampler.epoch = 1
+    sampler.set_epoch(1)
     assert ids == [DataList.load(drawn / "train.json").image_id(key[1]) for key in list(sampler)[4:8]]
     monkeypatch.setattr(MultiBoxLoss, "forward", forward)
     train(replace(config, epochs=3), resume=True)

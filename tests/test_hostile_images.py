@@ -216,9 +216,7 @@ def small_bombs():
     yield "profile", encoded(IMAGE, "PNG")[:33] + png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(50_000_000)))
 
 
-@pytest.mark.parametrize(
-    ("name", "data"), list(small_bombs()), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("bomb", list(small_bombs()), ids=lambda bomb: bomb[0])
 def test_metadata_takes_no_more_memory_than_the_file(bomb):
     data = bomb[1]
     tracemalloc.start()
