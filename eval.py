@@ -1,11 +1,11 @@
-"""A checkpoint, or a file of detections, and a data list -> the table, and the same numbers as JSON.
+"""Evaluates a checkpoint, or a file of detections, on a data list: VOC and COCO average precision.
 
-python eval.py                                    # the default checkpoint on data/voc2012, split val
+python eval.py                                    # the shipped checkpoint on data/voc2012/val.json
 python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
 python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
 python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
-python eval.py --detections detections.json --data data/vocreal       # anybody's, in COCO's result format
-python eval.py runs/lite/best.pth.tar --data data/vocreal --at-scores 0.25 0.4  # precision and recall above these
+python eval.py --detections detections.json --data data/vocreal       # of any detector, in COCO's result format
+python eval.py runs/lite/best.pth.tar --data data/vocreal --at-scores 0.25 0.4  # precision and recall there
 python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
 """
 
@@ -15,10 +15,11 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fpnssd.data.data_list import DataList
 from fpnssd.evaluation import intervals
-from fpnssd.evaluation.metrics import compute_metrics, percent, rank
+from fpnssd.evaluation.metrics import ImageDetections, compute_metrics, percent, rank
 from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
 from fpnssd.evaluation.result_files import read_coco, voc_result_paths, write_coco, write_voc
@@ -28,7 +29,7 @@ from model import DEFAULT_CHECKPOINT, DETECTION, EVALUATION
 from utils import InputError, check_outputs, error_message, whole_number, write_text
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images)
@@ -36,15 +37,12 @@ def main(argv=None):
         if args.compare:
             print(format_comparison(args.compare, compare(args.compare, data_list, args)))
             return
-        if args.detections:
-            detections, told = obtain_saved(args.detections, data_list, args)
-        else:
-            detections, told = obtain(args.checkpoint, data_list, args)
+        detections, context = obtain(args.detections or args.checkpoint, data_list, args)
         start = time.perf_counter()
         ranked = rank(data_list, detections)
-        lowest = 0 if args.detections else args.min_score  # below it nothing was decoded
+        lowest = 0 if args.detections else args.min_score  # none lower were decoded
         at_scores = sorted({max(one, lowest) for one in args.at_scores})
-        metrics = compute_metrics(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | told
+        metrics = compute_metrics(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | context
         metrics["seconds"]["score"] = time.perf_counter() - start
         if args.intervals:
             matched = intervals.match(data_list, ranked)
@@ -64,39 +62,34 @@ def main(argv=None):
         sys.exit(f"eval: {error_message(error)}")
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--detections", metavar="FILE", help="score this file in COCO's result format instead")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="do these, checkpoints or .json files, differ?")
-    parser.add_argument("--skip-bad", action="store_true", help="score a file's good detections, count its bad ones")
+    parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
+    parser.add_argument("--detections", metavar="FILE", help="evaluate this file in COCO's result format instead")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two checkpoints or .json files")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out a file's invalid detections")
     parser.add_argument("--data", default="data/voc2012", help="folder of data lists")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
-    parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoUs at which VOC is scored")
-    parser.add_argument(
-        "--at-scores",
-        type=float,
-        nargs="+",
-        default=[DETECTION.min_score],
-        help="precision and recall of what scores more",
-    )
-    parser.add_argument("--report", metavar="FILE", help="gets the numbers as a web page with charts and pictures")
-    parser.add_argument("--json", metavar="FILE", help="gets the numbers")
-    parser.add_argument("--save-detections", metavar="FILE", help="gets the detections in COCO's result format")
-    parser.add_argument("--voc-files", metavar="FOLDER", help="gets comp4_det_SPLIT_CLASS.txt for VOC's server")
+    parser.add_argument("--split", default="val", help="name of the data list")
+    parser.add_argument("--images", metavar="FOLDER", help="where the images are, if not where the data list says")
+    parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoU thresholds of VOC's AP")
+    default = [DETECTION.min_score]
+    parser.add_argument("--at-scores", type=float, nargs="+", default=default, help="score thresholds for precision")
+    parser.add_argument("--report", metavar="FILE", help="write an HTML page with charts and pictures of mistakes")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics")
+    parser.add_argument("--save-detections", metavar="FILE", help="write the detections in COCO's result format")
+    parser.add_argument("--voc-files", metavar="FOLDER", help="write comp4_det_SPLIT_CLASS.txt for VOC's server")
     parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
-    parser.add_argument("--intervals", type=whole_number(0), default=1000, help="resamples of images; 0 for none")
+    parser.add_argument("--intervals", type=whole_number(0), default=1000, help="bootstrap resamples; 0: no intervals")
     parser.add_argument("--min-score", type=float, default=EVALUATION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=EVALUATION.max_overlap, help="NMS IoU threshold")
     parser.add_argument("--top-k", type=whole_number(1), default=EVALUATION.top_k, help="most detections of an image")
-    parser.add_argument("--flip", action="store_true", help="mean with what the network says of the mirrored image")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     parser.add_argument("--batch-size", type=whole_number(1), default=16)
-    parser.add_argument("--workers", type=whole_number(0), default=2)
+    parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that load images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     args = parser.parse_args(argv)
     if args.compare:
         others = ("report", "json", "save_detections", "voc_files", "voc_overlaps", "at_scores")
@@ -106,61 +99,65 @@ def parse_args(argv):
     return args
 
 
-def outputs_of(args, data_list):
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, option: str, others: tuple[str, ...]) -> None:
+    """Exits with a message if one of `others` was given beside an option that makes it meaningless."""
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) != parser.get_default(name)]
+    if given:
+        parser.error(f"{option} takes no {', '.join(given)}")
+
+
+def outputs_of(args: argparse.Namespace, data_list: DataList) -> list[tuple[str, str | Path | None]]:
     """(kind, path) of each file that will be written, for utils.check_outputs."""
     voc = voc_result_paths(args.voc_files, data_list, args.split) if args.voc_files else ()
     single = [("metrics", args.json), ("report", args.report), ("COCO results", args.save_detections)]
     return [*single, *(("VOC results", path) for path in voc)]
 
 
-def inputs_of(args, data_list):
-    """The files that are read, but for the photographs."""
+def inputs_of(args: argparse.Namespace, data_list: DataList) -> list[str | None]:
+    """The files that are read, other than the images."""
     return [args.checkpoint, args.detections, data_list.path, *(args.compare or ())]
 
 
-def refuse(parser, args, option, others):
-    """Ends the program where options were given that have no meaning beside another one."""
-    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) != parser.get_default(name)]
-    if given:
-        parser.error(f"{option} takes no {', '.join(given)}")
+def obtain(
+    source: str, data_list: DataList, args: argparse.Namespace
+) -> tuple[list[ImageDetections], dict[str, dict[str, Any]]]:
+    """Detections from a .json file of them, a checkpoint or an exported file.
 
-
-def obtain_saved(path, data_list, args):
-    """(detections, dict of settings and seconds) of a file of detections."""
-    start = time.perf_counter()
-    detections, problems = read_coco(path, data_list, args.skip_bad)
-    settings = {"detections": str(path), "data_list": data_list.path, "skipped": problems}
-    return detections, {"settings": settings, "seconds": {"load": time.perf_counter() - start}}
-
-
-def obtain(source, data_list, args):
-    """The same of a checkpoint, with its configuration."""
+    Returns:
+        One dict an image; and "settings", "seconds" and, of a model, its "configuration", for the report.
+    """
+    if source == args.detections or source.endswith(".json"):
+        start = time.perf_counter()
+        detections, problems = read_coco(source, data_list, args.skip_bad)
+        settings = {"detections": str(source), "data_list": data_list.path, "skipped": problems}
+        return detections, {"settings": settings, "seconds": {"load": time.perf_counter() - start}}
     detector = load_detector(source, args.device, runtime_of(source), args.precision)
     check_same_classes(detector.classes, data_list, source)
-    knobs = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k, "flip": args.flip}
-    predict_fn = Predictor(detector, **knobs)
-    detections, seconds = predict(predict_fn, data_list, detector.config.image_size, args.batch_size, args.workers)
+    thresholds = {name: getattr(args, name) for name in ("min_score", "max_overlap", "top_k", "flip")}
+    predict_fn = Predictor(detector, **thresholds)
+    predicted, seconds = predict(predict_fn, data_list, detector.config.image_size, args.batch_size, args.workers)
+    assert predicted is not None  # this is the main process
     where = {name: detector.info[name] for name in ("runtime", "device", "precision")}
-    settings = {"checkpoint": str(source), "data_list": data_list.path, **where, **knobs}
+    settings = {"checkpoint": str(source), "data_list": data_list.path, **where, **thresholds}
     configuration = {"model": asdict(detector.config), "training": detector.info.get("training", {})}
-    return detections, {"settings": settings, "seconds": seconds, "configuration": configuration}
+    return predicted, {"settings": settings, "seconds": seconds, "configuration": configuration}
+
+
+def compare(sources: list[str], data_list: DataList, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """intervals.compare of two checkpoints or .json files of detections."""
+    matched = []
+    for source in sources:
+        detections, _ = obtain(source, data_list, args)
+        matched.append(intervals.match(data_list, rank(data_list, detections)))
+    return intervals.compare(data_list, *matched, args.intervals or 1000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Printing
 
 
-def compare(sources, data_list, args):
-    """intervals.compare of two checkpoints or .json files of detections, on one list."""
-    matched = []
-    for source in sources:
-        detections, _ = (obtain_saved if source.endswith(".json") else obtain)(source, data_list, args)
-        matched.append(intervals.match(data_list, rank(data_list, detections)))
-    return intervals.compare(data_list, *matched, args.intervals or 1000)
-
-
-def format_table(metrics):
-    """The numbers in percent, a line a class, and the protocols in full with their 95 % intervals."""
+def format_table(metrics: dict[str, Any]) -> str:
+    """compute_metrics as text, in percent: a row for each class, then the means with their 95 % intervals."""
     columns = ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")
     width = max(len("class"), *(len(name) for name in metrics["per_class"]))
     lines = [f"{'class':{width}}  objects  detections  " + "  ".join(f"{c:>12}" for c in columns)]
@@ -170,41 +167,39 @@ def format_table(metrics):
     lines.append("")
     for name, value in metrics.items():
         if name.startswith(("voc", "coco")):
-            middle = metrics.get("intervals", {}).get(name)
-            said = f"  95 %: {percent(middle[0])} .. {percent(middle[1])}" if middle else ""
-            lines.append(f"{name:16} {percent(value):>6}{said}")
+            interval = metrics.get("intervals", {}).get(name)
+            shown = f"  95 % interval {percent(interval[0])} .. {percent(interval[1])}" if interval else ""
+            lines.append(f"{name:16} {percent(value):>6}{shown}")
+    lines.append("")
     best = metrics["best_f1"]
     for row in [*metrics["at_scores"], *filter(None, [best])]:
-        highest = ", the highest" if row is best else ""
         lines.append(
-            f"above a score of {row['min_score']:.2f}: {percent(row['precision'])} % of the detections are right, "
-            f"{percent(row['recall'])} % of the objects are found, F1 {percent(row['f1'])}{highest}"
+            f"score > {row['min_score']:.2f}: precision {percent(row['precision'])}, recall {percent(row['recall'])}, "
+            f"F1 {percent(row['f1'])}{' (the highest F1)' if row is best else ''}"
         )
     if metrics["objects"] == 0:
-        lines.append("no object to score against: all numbers are none")
+        lines.append("the data list has no objects: there is nothing to score against")
     seconds, settings = metrics.get("seconds", {}), metrics.get("settings", {})
     if seconds:
         total = sum(seconds.values())
         parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-        lines.append(
-            f"{metrics['images']} images in {total:.1f} s, {metrics['images'] / total:.1f} images/s: {parts} s"
-        )
+        lines.append(f"{metrics['images']} images in {total:.1f} s ({metrics['images'] / total:.1f} a second): {parts}")
     if settings:
-        lines.append("with " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        lines.append(", ".join(f"{name} {value}" for name, value in settings.items()))
     return "\n".join(lines)
 
 
-def format_comparison(sources, result):
-    """Which of two detectors is better, by each number, and whether it is more than chance."""
+def format_comparison(sources: list[str], result: dict[str, dict[str, Any]]) -> str:
+    """intervals.compare as text."""
     lines = [f"B - A in points, paired bootstrap over images; A: {sources[0]}, B: {sources[1]}"]
     for name, row in result.items():
         if row["interval"] is None:
-            lines.append(f"{name:14} none: no object to score against")
+            lines.append(f"{name:14} none: the data list has no objects")
             continue
         low, high = row["interval"]
-        verdict = "B is better" if low > 0 else "A is better" if high < 0 else "no difference is shown"
+        verdict = "B is better" if low > 0 else "A is better" if high < 0 else "no significant difference"
         lines.append(
-            f"{name:14} {100 * row['difference']:+6.1f}  95 %: {100 * low:+.1f} .. {100 * high:+.1f}  "
+            f"{name:14} {100 * row['difference']:+6.1f}  95 % interval {100 * low:+.1f} .. {100 * high:+.1f}  "
             f"B better in {100 * row['better']:.0f} % of resamples  {verdict}"
         )
     return "\n".join(lines)

@@ -56,7 +56,7 @@ def test_at_scores_are_of_what_is_decoded_from_there_on(checkpoint, drawn, tmp_p
     assert 0 < counts[1] < counts[0]
     for name, row in above_cut["per_class"].items():
         assert row["at_scores"] == all_of_them["per_class"][name]["at_scores"][1:]
-    assert f"above a score of {cut:.2f}: " in capsys.readouterr().out
+    assert f"score > {cut:.2f}: precision " in capsys.readouterr().out
     assert f"precision above {cut:.2f}" in (tmp_path / "report.html").read_text()
 
 
@@ -96,7 +96,7 @@ def test_detections_are_saved_and_scored_again(checkpoint, drawn, tmp_path, caps
     main(["--compare", str(tmp_path / "d.json"), str(checkpoint), *common])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert all("+0.0  95 %: +0.0 .. +0.0" in line and "no difference is shown" in line for line in lines[1:])
+    assert all("+0.0  95 % interval +0.0 .. +0.0" in line and "no significant difference" in line for line in lines[1:])
 
 
 def test_bad_detections_are_refused(checkpoint, drawn, tmp_path):
@@ -110,7 +110,7 @@ def test_a_list_without_objects_has_no_numbers(checkpoint, drawn, tmp_path, caps
     content = json.loads((drawn / "val.json").read_text())
     (tmp_path / "test.json").write_text(json.dumps({**content, "annotations": []}))
     main([str(checkpoint), "--data", str(tmp_path), "--split", "test", "--voc-files", str(tmp_path), "--workers", "0"])
-    assert "no object to score against" in capsys.readouterr().out
+    assert "nothing to score against" in capsys.readouterr().out
     assert (tmp_path / "comp4_det_test_star.txt").is_file()
 
 
