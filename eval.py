@@ -145,11 +145,10 @@ def obtain(
 
 def compare(sources: list[str], data_list: DataList, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """intervals.compare of two checkpoints or .json files of detections."""
-    matched = []
-    for source in sources:
-        detections, _ = obtain(source, data_list, args)
-        matched.append(intervals.match(data_list, rank(data_list, detections)))
-    return intervals.compare(data_list, *matched, args.intervals or 1000)
+    first, second = (
+        intervals.match(data_list, rank(data_list, obtain(source, data_list, args)[0])) for source in sources
+    )
+    return intervals.compare(data_list, first, second, args.intervals or 1000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
-"""A checkpoint as ONNX, OpenVINO or one of half the size, compared with the original before it is called done.
+"""Exports a checkpoint to ONNX, OpenVINO or half precision, and compares the result with the original.
 
     python export.py runs/lite/best.pth.tar --to onnx openvino                 # runs/lite/best.onnx, best.xml
     python export.py runs/lite/best.pth.tar --to openvino --data data/vocreal  # compared on real photographs: AP too
-    python export.py runs/lite/best.pth.tar --decode                       # best_detect.onnx too: for other programs
+    python export.py runs/lite/best.pth.tar --decode                       # and best_detect.onnx, for other programs
     python export.py runs/lite/best.pth.tar --to openvino --int8 data/vocreal/train.json  # best_int8.xml
-    python export.py runs/lite/last.pth.tar --to fp16              # runs/lite/last_fp16.pth.tar, for giving away
-    python eval.py runs/lite/best.xml --data data/vocreal                      # as does detect.py
+    python export.py runs/lite/last.pth.tar --to fp16              # runs/lite/last_fp16.pth.tar, half the size
+    python eval.py runs/lite/best.xml --data data/vocreal                      # detect.py takes it too
 
-What fp16 writes is a checkpoint without what resuming needs. The other files take uint8 images (B, 3, S, S), B as you
-like, and answer with offsets (B, P, 4) and logits (B, P, C + 1): preprocessing is inside, decoding is
-model.postprocess. They carry the classes and the configuration, and need the extra `deploy`: pip install -e '.[deploy]'
+An fp16 checkpoint lacks what resuming needs. The other files take uint8 images (B, 3, S, S), any batch size, and return
+offsets (B, P, 4) and logits (B, P, C + 1): normalisation is inside, decoding is model.postprocess. They carry the
+configuration, and need the extra `deploy`: pip install -e '.[deploy]'
 """
 
 import argparse
@@ -29,11 +29,13 @@ import torch
 from datasets import DetectionDataset
 from fpnssd.data.data_list import DataList, evenly_spaced
 from fpnssd.evaluation.predict import Predictor, evaluate
-from fpnssd.inference.detector import load_detector
+from fpnssd.inference.detector import Detector, load_detector
 from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, import_optional, load_exported
 from model import (
     CENTRE_VARIANCE,
     DETECTION,
+    EVALUATION,
+    FPNSSD,
     SIDE_VARIANCE,
     decode_offsets,
     load_checkpoint,
@@ -48,7 +50,7 @@ KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of wh
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         check_outputs(outputs_of(args), [args.checkpoint, args.int8], args.overwrite)
@@ -68,38 +70,40 @@ def main(argv=None):
         if args.decode:
             path = exported_path(args.out or args.checkpoint, "onnx", "_detect")
             plain = exported_path(args.out or args.checkpoint, "onnx") if "onnx" in args.to else path
-            if plain == path:  # nobody asked for the one without
+            if plain == path:  # --to does not name the one without
                 export_onnx(args.checkpoint, plain)
             export_with_decoding(plain, path, args.top_k)
-            squares = sample_images(original, data_list, args.count)
-            same, images = compare_decoding(original, path, squares, args.top_k), len(squares)
-            print(f"wrote {path}, {size_of(path) / 1e6:.1f} MB\n  the same detections in {same} of {images} images")
+            images = sample_images(original, data_list, args.count)
+            same = compare_decoding(original, path, images, args.top_k)
+            print(
+                f"wrote {path}, {size_of(path) / 1e6:.1f} MB\n  the same detections in {same} of {len(images)} images"
+            )
     except (InputError, OSError) as error:
         sys.exit(f"export: {error_message(error)}")
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("checkpoint")
-    parser.add_argument("--to", nargs="+", choices=(*SUFFIXES, "fp16"), default=["onnx"])
-    parser.add_argument("--out", help="file to write, without its ending; else beside the checkpoint")
+    parser.add_argument("--to", nargs="+", choices=(*SUFFIXES, "fp16"), default=["onnx"], help="forms")
+    parser.add_argument("--out", help="file to write, without its suffix; default: beside the checkpoint")
     parser.add_argument("--int8", metavar="LIST", help="OpenVINO in 8 bits, calibrated on images of this data list")
-    parser.add_argument("--decode", action="store_true", help="besides, NAME_detect.onnx that ends in detections")
-    parser.add_argument("--top-k", type=whole_number(1), default=200, help="of --decode: detections an image")
-    parser.add_argument("--data", help="folder of data lists, to compare on photographs")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
+    parser.add_argument("--decode", action="store_true", help="also write NAME_detect.onnx, with decoding")
+    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="most detections of --decode")
+    parser.add_argument("--data", help="folder of data lists: compare on their images instead of noise")
+    parser.add_argument("--split", default="val", help="name of the data list")
+    parser.add_argument("--images", help="where the images are, if not where the data list says")
     parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
-    parser.add_argument("--count", type=whole_number(1), default=32, help="images to compare outputs on")
+    parser.add_argument("--count", type=whole_number(1), default=32, help="images to compare on")
     args = parser.parse_args(argv)
     if args.int8 and "openvino" not in args.to:
         parser.error("--int8 is for --to openvino")
     return args
 
 
-def outputs_of(args):
+def outputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """(kind, path) of each file that will be written, for utils.check_outputs."""
     outputs = [("checkpoint" if kind == "fp16" else "exported", path_of(args, kind)) for kind in dict.fromkeys(args.to)]
     outputs += [("exported", path.with_suffix(".bin")) for _, path in outputs if path.suffix == ".xml"]
@@ -107,7 +111,8 @@ def outputs_of(args):
     return outputs + decoded
 
 
-def path_of(args, kind):
+def path_of(args: argparse.Namespace, kind: str) -> Path:
+    """The file that an export of this kind is written to."""
     if kind == "fp16":
         return exported_path(args.out or args.checkpoint, kind, "" if args.out else "_fp16")
     return exported_path(args.out or args.checkpoint, kind, "_int8" if args.int8 and kind == "openvino" else "")
@@ -117,10 +122,10 @@ def path_of(args, kind):
 # Writing
 
 
-def export_fp16(checkpoint, path):
-    """Writes a checkpoint of the weights in fp16 and the recipe alone; it loads as fp32, like every other one.
+def export_fp16(checkpoint: str | Path, path: Path) -> None:
+    """Writes a checkpoint with weights in fp16 and without the state of training; it loads as fp32, like all others.
 
-    Buffers stay as they are: the variances of batch norm may lie beyond fp16.
+    Buffers stay as they are: the variances of batch norm may be beyond fp16's range.
     """
     content = load_checkpoint(checkpoint)
     model = content["model"]
@@ -129,8 +134,8 @@ def export_fp16(checkpoint, path):
     save_checkpoint(path, model, "checkpoint", **{name: content[name] for name in KEPT if name in content})
 
 
-def export_onnx(checkpoint, path):
-    """Writes the checkpoint's network as ONNX with a dynamic batch."""
+def export_onnx(checkpoint: str | Path, path: Path) -> None:
+    """Writes a checkpoint's network as ONNX, for any batch size."""
     onnx = import_optional("onnx")
     import_optional("onnxscript")  # torch's exporter needs it
 
@@ -222,30 +227,39 @@ def decoding_function(op: Any, priors: torch.Tensor, num_classes: int, top_k: in
     return decode
 
 
-def export_openvino(checkpoint, path, int8_list=None, images=None):
-    """Writes the checkpoint's network as OpenVINO's .xml and .bin; in 8 bits if calibrated on a data list."""
+def export_openvino(
+    checkpoint: str | Path, path: Path, int8_list: str | Path | None = None, images: str | Path | None = None
+) -> None:
+    """Writes a checkpoint's network as OpenVINO's .xml and .bin.
+
+    Args:
+        checkpoint: path of a .pth.tar file.
+        path: of the .xml file.
+        int8_list: a data list to calibrate 8-bit weights and activations on; fp32 without it.
+        images: the folder of its images, if not where the list says.
+    """
     openvino = import_optional("openvino")
     model = load_checkpoint(checkpoint)["model"]
     side = model.config.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about shapes, which do not change
         warnings.simplefilter("ignore", FutureWarning)  # torch would rather have torch.export
-        # By tracing all the same: through torch.export it takes four times as long.
+        # Traced nevertheless: by torch.export it takes four times as long.
         exported = openvino.convert_model(model, example_input=example_of(side), input=[-1, 3, side, side])
     if int8_list:
-        exported = quantised(exported, DataList.load(int8_list, images), side)
+        exported = quantise(exported, DataList.load(int8_list, images), side)
     exported.set_rt_info(config_text(model), CONFIG_KEY)
     exported.set_rt_info(hash_file(checkpoint), SOURCE_KEY)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         openvino.save_model(exported, temporary, compress_to_fp16=False)
-        for suffix in (".bin", ".xml"):  # who finds the .xml finds its weights
+        for suffix in (".bin", ".xml"):  # the .xml last: its weights are there when it is
             os.replace(temporary.with_suffix(suffix), path.with_suffix(suffix))
 
 
-def quantised(exported, data_list, side):
-    """8-bit weights and activations, from what CALIBRATION_IMAGES of the list, evenly spaced, make of them."""
+def quantise(exported: Any, data_list: DataList, side: int) -> Any:
+    """An OpenVINO model with 8-bit weights and activations, calibrated on CALIBRATION_IMAGES evenly spaced images."""
     nncf = import_optional("nncf")
     rows = evenly_spaced(len(data_list), CALIBRATION_IMAGES)
     samples = torch.utils.data.Subset(DetectionDataset(data_list, side), rows)
@@ -253,16 +267,18 @@ def quantised(exported, data_list, side):
     return nncf.quantize(exported, calibration, subset_size=len(rows), preset=nncf.QuantizationPreset.MIXED)
 
 
-def example_of(side):
-    return torch.zeros(2, 3, side, side, dtype=torch.uint8)  # of one, the batch would become a constant
+def example_of(side: int) -> torch.Tensor:
+    """An input for tracing: two images, as a batch of one would become a constant."""
+    return torch.zeros(2, 3, side, side, dtype=torch.uint8)
 
 
-def config_text(model):
+def config_text(model: FPNSSD) -> str:
+    """The configuration as JSON, for a file's metadata."""
     return json.dumps(asdict(model.config))
 
 
-def size_of(path):
-    """Bytes; OpenVINO keeps its weights in a file beside."""
+def size_of(path: Path) -> int:
+    """Bytes of an exported file, with OpenVINO's .bin."""
     return path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)
 
 
@@ -270,9 +286,15 @@ def size_of(path):
 # Comparing
 
 
-def compare(original, exported, data_list=None, count=32):
-    """How far an exported Detector is from the original: largest differences of scores and of boxes in 0..1 (where the
-    score is 0.05 or more), and both VOC2007 and COCO AP if there is a data list; on noise if there is none."""
+def compare(
+    original: Detector, exported: Detector, data_list: DataList | None = None, count: int = 32
+) -> dict[str, Any]:
+    """Compares the outputs of two detectors on `count` images of a data list, or on noise without one.
+
+    Returns:
+        images and whether they are real; largest: the largest differences of scores, and of boxes in 0..1 where a score
+        is 0.05 or more; with a data list ap: VOC2007 and COCO AP of both.
+    """
     images = sample_images(original, data_list, count)
     largest = {"score": 0.0, "box": 0.0}
     for batch in images.split(8):
@@ -282,16 +304,16 @@ def compare(original, exported, data_list=None, count=32):
         boxes, other_boxes = (decode_offsets(o, original.priors)[seen] for o in (offsets, other_offsets))
         largest["score"] = max(largest["score"], (scores - other_scores).abs().max().item())
         largest["box"] = max(largest["box"], (boxes - other_boxes).abs().max().item() if len(boxes) else 0.0)
-    result = {"images": len(images), "real": data_list is not None, "largest": largest}
+    result: dict[str, Any] = {"images": len(images), "real": data_list is not None, "largest": largest}
     if data_list is not None:
         side = original.config.image_size
         metrics = [evaluate(Predictor(detector), data_list, side) for detector in (original, exported)]
-        result["ap"] = {name: [m[name] for m in metrics] for name in ("voc2007_ap50", "coco_ap")}
+        result["ap"] = {name: [m[name] for m in metrics if m] for name in ("voc2007_ap50", "coco_ap")}
     return result
 
 
-def sample_images(detector, data_list=None, count=32):
-    """uint8 (n, 3, S, S): of a data list, evenly spaced; noise if there is none."""
+def sample_images(detector: Detector, data_list: DataList | None = None, count: int = 32) -> torch.Tensor:
+    """uint8 (n, 3, S, S): evenly spaced images of a data list, or noise without one."""
     side = detector.config.image_size
     if data_list is None:
         generator = torch.Generator().manual_seed(0)
@@ -300,23 +322,27 @@ def sample_images(detector, data_list=None, count=32):
     return torch.stack([DetectionDataset(data_list, side)[row]["image"] for row in rows])
 
 
-def compare_decoding(original, path, squares, top_k, min_score=0.05, max_overlap=0.45):
-    """In how many images a file with decoding finds what model.postprocess does: labels alike, and boxes to 1e-4."""
+def compare_decoding(original: Detector, path: Path, images: torch.Tensor, top_k: int, min_score: float = 0.05) -> int:
+    """In how many of images (n, 3, S, S) a file with decoding gives the labels of model.postprocess and its boxes to
+    1e-4 of the image."""
+    max_overlap = EVALUATION.max_overlap
     onnxruntime = import_optional("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     same = 0
-    for square in squares:
-        knobs = {"min_score": np.float32([min_score]), "max_overlap": np.float32([max_overlap])}
-        boxes, _, labels, count = session.run(None, {"images": square[None].numpy(), **knobs})
-        answer = original.forward(square[None])
-        (wanted,) = postprocess(*answer, original.priors, [(1, 1)], min_score, max_overlap, top_k)
-        found = int(count[0])
-        if found == len(wanted["labels"]) and labels[0, :found].tolist() == wanted["labels"].tolist():
-            same += np.allclose(boxes[0, :found], wanted["boxes"].numpy(), atol=1e-4)
+    for image in images:
+        thresholds = {"min_score": np.float32([min_score]), "max_overlap": np.float32([max_overlap])}
+        boxes, _, labels, count = session.run(None, {"images": image[None].numpy(), **thresholds})
+        (expected,) = postprocess(
+            *original.forward(image[None]), original.priors, [(1, 1)], min_score, max_overlap, top_k
+        )
+        number = int(count[0])
+        if labels[0, :number].tolist() == expected["labels"].tolist():
+            same += np.allclose(boxes[0, :number], expected["boxes"].numpy(), atol=1e-4)
     return same
 
 
-def format_comparison(result):
+def format_comparison(result: dict[str, Any]) -> str:
+    """The result of compare as text."""
     largest, kind = result["largest"], "photographs" if result["real"] else "images of noise (--data for photographs)"
     lines = [
         f"  largest difference on {result['images']} {kind}: score {largest['score']:.2g}, box {largest['box']:.2g} of "

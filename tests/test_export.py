@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from sure_network import save_sure_network
 from datasets import DetectionDataset
 from detect import main as detect_main
 from eval import main as eval_main
-from export import add_decoding, compare, export_onnx, export_openvino, main
+from export import add_decoding, compare, export_onnx, export_openvino, export_with_decoding, main
 from fpnssd.data.data_list import DataList
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import load_exported
@@ -256,3 +257,25 @@ def test_decoding_inside_is_postprocess(folder, tmp_path, min_score, max_overlap
         assert not boxes[k, found:].any()
         assert not scores[k, found:].any()
         assert not labels[k, found:].any()
+
+
+def test_the_lines_of_the_docs_run_without_torch(folder, drawn, tmp_path):
+    """docs/inference.md's lines for best_detect.onnx, in a process that may import neither torch nor this project."""
+    text = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "best_detect.onnx" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+    export_with_decoding(folder / "small.onnx", tmp_path / "best_detect.onnx")
+    photograph = next((drawn / "voc" / "JPEGImages").glob("val_*.jpg"))
+    shutil.copy(photograph, tmp_path / "photo.jpg")
+    blocked = "import sys; sys.modules |= dict.fromkeys(['torch', 'torchvision', 'timm', 'model', 'utils', 'fpnssd'])\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    detections = load_detector(folder / "small.onnx").predict(photograph)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(detections) > 0
+    for line, box, score, name in zip(lines, detections.boxes, detections.scores, detections.names, strict=True):
+        shown_name, shown_score, _, *shown_box = line.split()
+        assert shown_name == name
+        assert float(shown_score) == pytest.approx(score.item(), abs=0.02)  # Pillow resamples as torch does, nearly
+        np.testing.assert_allclose([float(edge) for edge in shown_box], box.numpy(), atol=1.5)
