@@ -244,7 +244,7 @@ def test_strict_refuses_and_keeps_the_old_lists(nasty, tmp_path, capsys):
     folder, _ = nasty
     (tmp_path / "train.json").write_text("old")
     with pytest.raises(SystemExit, match=r"--strict: .*1 x image too large.*No list was written"):
-        main([*arguments(folder), "--out", str(tmp_path), "--strict"])
+        main([*arguments(folder), "--out", str(tmp_path), "--strict", "--overwrite"])
     assert (tmp_path / "train.json").read_text() == "old"
     assert not (tmp_path / "val.json").exists()
     assert json.loads((tmp_path / "check.json").read_text())["problems"]
