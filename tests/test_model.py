@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_convert
 
 import model as model_module
 from model import (
@@ -21,6 +23,7 @@ from model import (
     postprocess,
     save_checkpoint,
 )
+from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 SIDES = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
@@ -73,6 +76,16 @@ def test_offsets_there_and_back():
     torch.testing.assert_close(decode_offsets(encode_boxes(boxes, priors), priors), boxes, rtol=1e-5, atol=1e-6)
 
 
+def test_large_offsets_are_clamped_as_torchvision_does():
+    coder = BoxCoder(weights=(1 / 0.1, 1 / 0.1, 1 / 0.2, 1 / 0.2))
+    priors = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
+    for number in (500.0, 20.0, 1.0, -500.0):
+        offsets = torch.tensor([[0.3, -0.2, number, number]])
+        expected = coder.decode_single(offsets, box_convert(priors, "cxcywh", "xyxy"))
+        boxes = box_convert(decode_offsets(offsets, priors), "cxcywh", "xyxy")
+        torch.testing.assert_close(boxes, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 
@@ -96,6 +109,19 @@ def test_512_pixels():
     with torch.no_grad():
         offsets, logits = model(torch.zeros(1, 3, 512, 512, dtype=torch.uint8))
     assert len(model.priors) == offsets.shape[1] == logits.shape[1] == sum(counts)
+
+
+def test_level_sides_are_those_of_the_maps_and_are_kept(tmp_path, monkeypatch):
+    """convnext rounds the halves of odd sides down where others round up; loading runs no network."""
+    for backbone, first in (("resnet18", 13), ("convnext_atto", 12)):
+        model = FPNSSD(small_config(backbone=backbone, image_size=100)).eval()
+        levels = model.fpn(model.backbone(torch.zeros(1, 3, 100, 100)))
+        assert model.config.level_sides == tuple(tuple(level.shape[-2:]) for level in levels)
+        assert model.config.level_sides[0] == (first, first)
+    save_checkpoint(tmp_path / "a.pth.tar", model)
+    monkeypatch.setattr(FPNSSD, "_level_sides", lambda *_: pytest.fail("the network was run"))
+    assert torch.equal(load_checkpoint(tmp_path / "a.pth.tar")["model"].priors, model.priors)
+    assert torch.equal(model_module.priors_of(model.config), model.priors)
 
 
 def test_a_cell_sees_its_own_place():
@@ -128,10 +154,6 @@ def test_normalisation_is_inside(small_model):
 def test_wrong_image_shape_is_named(small_model):
     with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\), not \(1, 3, 60, 64\)"):
         small_model(torch.zeros(1, 3, 60, 64))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbone weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,6 +244,20 @@ def test_postprocess_of_a_whole_network_equals_one_round_over_all_candidates(kin
     assert all(torch.equal(capped[0][name], everything[0][name]) for name in capped[0])
 
 
+@pytest.mark.parametrize("name", ["offsets", "logits"])
+def test_outputs_that_are_nan_are_an_error_and_no_empty_scene(name):
+    offsets, logits, priors = next(decoding_cases(1, 10))
+    {"offsets": offsets, "logits": logits}[name][0, 3, 1] = math.nan
+    with pytest.raises(InputError, match="outputs are NaN"):
+        postprocess(offsets, logits, priors, [(10, 10)] * 2)
+
+
+def test_outputs_of_other_priors_are_an_error():
+    offsets, logits, priors = next(decoding_cases(1, 10))
+    with pytest.raises(InputError, match="10 outputs for 9 priors"):
+        postprocess(offsets, logits, priors[:9], [(10, 10)] * 2)
+
+
 def test_nothing_above_min_score():
     offsets, logits, priors = next(decoding_cases(1, 10))
     (result, _) = postprocess(offsets, logits, priors, [(10, 10)] * 2, min_score=1.0)
@@ -297,6 +333,10 @@ def hostile_config(**changes):
         ({"fpn_channels": 10**9}, "fpn_channels"),
         ({"fpn_channels": 2048}, "tensors do not fit"),
         ({"classes": tuple(map(str, range(20_000)))}, "classes must be"),
+        ({"level_sides": ((10**6, 10**6),) * 7}, "level_sides must be pairs"),
+        ({"prior_shapes": (((0.1, float("nan")),),) * 7}, "prior_shapes must be pairs"),
+        ({"prior_shapes": (((0.1, 0.1),) * 10**5,) * 7}, "prior_shapes must be lists"),
+        ({"fpn": "os:system"}, "fpn 'os:system' is none of"),
         ({"aspect_ratios": ((2,) * 10**5,) * 7}, "aspect ratios"),
         ({"format_version": 99}, "format version 99"),
         ({"pretrained": True}, "unknown fields"),

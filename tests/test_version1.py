@@ -4,6 +4,7 @@ Its network is random, with class heads that find something; the values are thos
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from PIL import Image
 import detect
 import eval as eval_script
 import export
+from fpnssd.inference.runtimes import load_exported
 from model import FPNSSD, load_checkpoint
 from train import main as train_main
+from utils import InputError
 
 PATH = Path(__file__).with_name("version1.pth.tar")
 BOXES = [
@@ -109,3 +112,28 @@ def test_weights_of_a_training(lists, in_tmp, capsys):
     state = load_checkpoint("runs/new/last.pth.tar")["model"].state_dict()
     old = load_checkpoint(PATH)["model"].state_dict()
     assert torch.equal(state["backbone.conv_stem.weight"], old["backbone.conv_stem.weight"])  # the stem is frozen
+
+
+def test_odd_onnx_files_are_sentences(tmp_path):
+    """Of another input, of other outputs, and with a configuration that nests too deeply."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper
+
+    def write(kind, shape, config):
+        inputs = [helper.make_tensor_value_info("images", kind, shape)]
+        names = ("offsets", "logits")
+        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+        nodes = [helper.make_node("Cast", ["images"], [name], to=TensorProto.FLOAT) for name in names]
+        opset = [helper.make_opsetid("", 18)]
+        model = helper.make_model(helper.make_graph(nodes, "odd", inputs, outputs), opset_imports=opset, ir_version=9)
+        helper.set_model_props(model, {"fpn_ssd": config})
+        onnx.save(model, str(tmp_path / "odd.onnx"))
+        with pytest.raises(InputError) as error:
+            load_exported(tmp_path / "odd.onnx")
+        return str(error.value)
+
+    config = json.dumps(asdict(load_checkpoint(PATH)["model"].config))
+    assert "does not run on an image" in write(TensorProto.FLOAT, ["B", 3, 64, 64], config)
+    assert "its configuration needs [(1, 208, 4), (1, 208, 3)]" in write(TensorProto.UINT8, ["B", 3, 64, 64], config)
+    assert "holds no configuration" in write(TensorProto.UINT8, ["B", 3, 64, 64], "[" * 100_000)

@@ -95,10 +95,24 @@ def load_exported(path: str | Path, device: str = "auto", precision: str = "auto
     forward, metadata, precision = (_load_onnx if runtime == "onnx" else _load_openvino)(path, precision)
     try:
         config = ModelConfig.from_dict(json.loads(metadata.get(CONFIG_KEY, "")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} holds no configuration ({error}): was it made by export.py?") from error
+    priors = priors_of(config)
+    _check_network(forward, config, len(priors), path)
     info = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": precision}
-    return Exported(forward, config, priors_of(config), info | {"exported_from": metadata.get(SOURCE_KEY)})
+    return Exported(forward, config, priors, info | {"exported_from": metadata.get(SOURCE_KEY)})
+
+
+def _check_network(forward: Forward, config: ModelConfig, num_priors: int, path: Path) -> None:
+    """Raises InputError unless the network takes an image of the configuration and returns offsets and logits of it."""
+    shapes = [(1, num_priors, 4), (1, num_priors, len(config.classes) + 1)]
+    try:
+        outputs = forward(torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8))
+        found = [tuple(output.shape) for output in outputs if output.dtype == torch.float32]
+    except Exception as error:  # the runtimes' exceptions have no common class
+        raise InputError(f"{path} does not run on an image of its configuration: {str(error)[:200]}") from error
+    if found != shapes:
+        raise InputError(f"{path} returns float32 outputs {found}, but its configuration needs {shapes}")
 
 
 def _load_onnx(path: Path, precision: str) -> tuple[Forward, dict[str, str], str]:
