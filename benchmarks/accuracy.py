@@ -45,10 +45,12 @@ from fpnssd.evaluation.metrics import compute_metrics, rank
 from fpnssd.evaluation.predict import Predictor, predict
 from fpnssd.evaluation.result_files import read_coco, write_coco
 from fpnssd.inference.detector import torch_detector
-from fpnssd.training.checkpoints import as_builtins, holds_a_run, newest_checkpoint
-from fpnssd.training.config import TrainConfig, lite, set_fields
+from fpnssd.training.checkpoints import LAST
+from fpnssd.training.config import TrainConfig, as_builtins, lite, set_fields
 from fpnssd.training.cpu_memory import keep_freed_memory
-from train import load_lists, train
+from fpnssd.training.setup import load_lists
+from model import load_checkpoint
+from train import train
 from utils import (
     InputError,
     atomic_write,
@@ -69,10 +71,8 @@ VARIANTS = {
     "thaw": ["frozen_stages=1"],
     "thaw_c3": ["frozen_stages=2", "backbone_lr_scale=0.5"],
     "freeze_more": ["frozen_stages=4"],
-    "train_batch_norm": ["batch_norm=train"],
     "slow_backbone": ["backbone_lr_scale=0.1"],
     "fast_backbone": ["backbone_lr_scale=0.5"],
-    "layer_decay": ["backbone_lr_decay=0.7"],
     "small_batch": ["batch_size=8", "nominal_batch=8", "lr=0.0007"],
     "half_lr": ["lr=0.0005"],
     "quarter_lr": ["lr=0.00025"],
@@ -99,6 +99,7 @@ VARIANTS = {
     "lite1": ["backbone=tf_efficientnet_lite1"],
     "lite2": ["backbone=tf_efficientnet_lite2"],
 }
+GONE = {"train_batch_norm": ["batch_norm=train"], "no_way_down": ["neck=ssd"]}  # options that rows of the table had
 SHARED_WITH_PEERS = (
     "batch_size", "nominal_batch", "lr", "backbone_lr_scale", "weight_decay", "frozen_stages", "backbone",
     "fpn_channels",
@@ -268,13 +269,13 @@ def variant_config(name, stage, seed, folder, epochs):
 
 def changes_of(name):
     """The settings of a variant, or of several joined by a plus; a peer has none."""
-    return [change for part in name.split("+") for change in VARIANTS.get(part, [])]
+    return [change for part in name.split("+") for change in (VARIANTS | GONE).get(part, [])]
 
 
 def train_ours(config, folder):
     """(predict_fn of the last epoch's averaged weights, minutes of training)"""
-    train(config, resume=holds_a_run(folder))
-    _, checkpoint = newest_checkpoint(folder)
+    train(config, resume=(folder / LAST).exists())
+    checkpoint = load_checkpoint(folder / LAST)
     if len(checkpoint["log"]) < config.epochs:
         sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")
     minutes = sum(one["seconds"] for one in checkpoint["log"]) / 60

@@ -51,15 +51,15 @@ def train_peer(name, config, train_list, folder):
         begun, minutes = state["epochs"], state["minutes"]
         for part, saved in ((model, "model"), (ema.module, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(state[saved])
-        ema.updates.copy_(state["ema_updates"])
         torch.set_rng_state(state["rng"])  # of which RetinaNet draws its scales
     for epoch in range(begun, config.epochs):
         start, sampler.epoch, total = time.perf_counter(), epoch, 0.0
         model.train()
         set_train_mode(model.backbone)
         for number, batch in enumerate(loader):
-            factor = lr_factor(epoch * steps + number, config, config.epochs * steps)
-            total += train_step(model, optimizer, ema, batch, factor, config)
+            step = epoch * steps + number
+            total += train_step(model, optimizer, batch, lr_factor(step, config, config.epochs * steps), config)
+            ema.update(model, step)
         minutes += (time.perf_counter() - start) / 60
         print(
             f"{folder.name}: epoch {epoch + 1}/{config.epochs}, loss {total / steps:.3f}, {minutes:.1f} min", flush=True
@@ -67,11 +67,11 @@ def train_peer(name, config, train_list, folder):
         state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
         with atomic_write(state_file) as temporary:
             about = {"epochs": epoch + 1, "minutes": minutes, "rng": torch.get_rng_state()}
-            torch.save({**state, "ema_updates": ema.updates, **about}, temporary)
+            torch.save({**state, **about}, temporary)
     return PeerPredictor(ema.module), minutes
 
 
-def train_step(model, optimizer, ema, batch, factor, config):
+def train_step(model, optimizer, batch, factor, config):
     """The loss of a batch, a list of (image, target)."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
@@ -83,7 +83,6 @@ def train_step(model, optimizer, ema, batch, factor, config):
     if not (norm + loss.detach()).isfinite():
         raise RuntimeError(f"a loss of {loss.item()} with a gradient of {norm.item()}: this run is worth nothing")
     optimizer.step()
-    ema.update(model, torch.ones(()))
     return loss.item()
 
 

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train as train_module
 from fpnssd.training.config import PRESETS
 from fpnssd.training.cpu_memory import keep_freed_memory
-from train import StopOnSignal, Training, to_device
+from fpnssd.training.failures import StopOnSignal
+from fpnssd.training.setup import load_lists, to_device
+from train import Trainer
 
 H100_BF16_FLOPS = 989e12  # dense, by its data sheet
 
@@ -57,10 +59,15 @@ def moved_to(folder):
 
 
 def set_up(args, name, **changes):
-    """A Training that has not begun, quiet, with a few of its batches."""
+    """A Trainer that has not begun, quiet, with a few of its batches."""
     config = replace(PRESETS[args.preset](), name=name, data=args.data, backbone_weights="none", workers=args.workers)
     with contextlib.redirect_stdout(None):
-        return Training(replace(config, **changes), pick(args), StopOnSignal(), resume=False)
+        config = replace(config, **changes)
+        Path("runs", name).mkdir(parents=True)
+        trainer = Trainer(config, load_lists(config), pick(args), StopOnSignal())
+    for group in trainer.state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    return trainer
 
 
 def pick(args):
@@ -71,7 +78,7 @@ def measure_cpu(args):
     sizes = {"batch_size": args.batch_size, "nominal_batch": args.batch_size}
     ours = set_up(args, "ours", **sizes)
     plain = set_up(args, "plain", precision="fp32", **sizes)
-    plain.run.model.to(memory_format=torch.contiguous_format)
+    plain.state.model.to(memory_format=torch.contiguous_format)
     batch = next(iter(ours.loader))
     times = {"ours": [], "fetched": [], "plain": []}
     for turn in range(args.rounds + 1):  # the first of each warms up
@@ -80,7 +87,7 @@ def measure_cpu(args):
             memory = keep_freed_memory(training.device) if name == "ours" else contextlib.nullcontext()
             with images, memory:
                 start = time.perf_counter()
-                training.train_step([batch], 1.0)
+                training.train_step([batch])
                 times[name] += [time.perf_counter() - start] * (turn > 0)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     ratio, speed = seconds["plain"] / seconds["ours"], args.batch_size / seconds["ours"]
@@ -102,11 +109,11 @@ def contiguous_images():
         moved = to_device(batch, device)
         return {**moved, "image": moved["image"].contiguous()}
 
-    train_module.to_device = plain_to_device
+    train_module.setup.to_device = plain_to_device
     try:
         yield
     finally:
-        train_module.to_device = to_device
+        train_module.setup.to_device = to_device
 
 
 def time_criterion(training, batch, rounds):
@@ -128,13 +135,13 @@ def time_criterion(training, batch, rounds):
 def print_waiting(training, steps):
     """Steps as in training, batches out of the loader."""
     batches, waited = iter(training.loader), 0.0
-    training.train_step([next(batches)], 1.0)
+    training.train_step([next(batches)])
     start = time.perf_counter()
     for _ in range(steps):
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
-        training.train_step([batch], 1.0)
+        training.train_step([batch])
     if training.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -155,15 +162,15 @@ def measure_gpu(args):
             batch = next(iter(training.loader))
             if flops is None:
                 with FlopCounterMode(display=False) as counter:
-                    training.train_step([batch], 1.0)
+                    training.train_step([batch])
                 flops = counter.get_total_flops() / batch_size
             for _ in range(5):
-                training.train_step([batch], 1.0)
+                training.train_step([batch])
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             start = time.perf_counter()
             for _ in range(20):
-                training.train_step([batch], 1.0)
+                training.train_step([batch])
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
             speed = 20 * batch_size / (time.perf_counter() - start)

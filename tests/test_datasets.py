@@ -185,14 +185,14 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from fpnssd.data.data_list import DataList
 from datasets import DetectionDataset, EpochSampler, make_loader
-from fpnssd.training.progress import StopOnSignal
+from fpnssd.training.failures import StopOnSignal
 
 dataset = DetectionDataset(DataList.load(sys.argv[2]))
 with StopOnSignal() as stop:
     batches = iter(make_loader(dataset, 1, EpochSampler(len(dataset)), workers=2))
     next(batches)
     os.killpg(0, signal.SIGTERM)
-    print("batches after the signal:", len(list(batches)), stop.wanted)
+    print("batches after the signal:", len(list(batches)), stop.requested)
 """
 
 

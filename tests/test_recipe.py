@@ -4,11 +4,21 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from fpnssd.training.checkpoints import as_builtins, from_builtins
-from fpnssd.training.config import PRESETS, TrainConfig, batch_sizes, make_config, scaled_lr
+import utils
+from fpnssd.training.config import (
+    PRESETS,
+    TrainConfig,
+    as_builtins,
+    batch_sizes,
+    from_builtins,
+    make_config,
+    scaled_lr,
+)
 from model import FPNSSD, ModelConfig
 from train import main, parse_args
+from utils import InputError, pick_precision
 
 
 def test_command_line_over_preset():
@@ -27,12 +37,57 @@ def test_presets_are_whole(preset):
     FPNSSD(ModelConfig(("a",), config.backbone, config.image_size, config.fpn_channels))
 
 
+def test_the_default_is_the_multibox_recipe():
+    config = make_config(parse_args([]))
+    assert (config.name, config.data, config.train_split, config.val_split) == (
+        "voc2012",
+        "data/voc2012",
+        "train",
+        "val",
+    )
+    assert (config.backbone, config.epochs, config.schedule, config.ema_decay) == ("resnet50", 280, "cosine", 0.999)
+    assert (config.matching, config.box_loss, config.class_loss, config.box_weight) == (
+        "multibox",
+        "smooth_l1",
+        "ohem",
+        1,
+    )
+    assert (config.optimizer, config.lr, config.backbone_lr_scale) == ("adamw", 1e-3, 0.2)
+    for name in ("voc2012", "voc0712"):
+        multibox, atss = PRESETS[name](), PRESETS[f"{name}_atss"]()
+        assert (multibox.matching, multibox.box_loss, multibox.class_loss) == ("multibox", "smooth_l1", "ohem")
+        assert (atss.matching, atss.box_loss, atss.class_loss, atss.box_weight) == ("atss", "giou", "quality", 2)
+        assert atss.data == multibox.data
+
+
+def test_auto_precision(monkeypatch):
+    """Training: fp32 on CPUs, bf16 where a GPU has it, else fp16 where it is fast. Elsewhere also bf16 on CPUs."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(utils, "has_fast_bf16", lambda device: True)
+    assert [pick_precision("auto", device, training=True) for device in (cpu, gpu)] == ["fp32", "bf16"]
+    assert pick_precision("auto", cpu) == "bf16"
+    assert pick_precision("bf16", cpu, training=True) == "bf16"
+    monkeypatch.setattr(utils, "has_fast_bf16", lambda device: False)
+    fp16_of = {(6, 0): True, (7, 0): True, (7, 5): True, (6, 1): False, (5, 2): False}  # P100, V100, T4, GTX 1080, M40
+    for capability, fast in fp16_of.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        assert pick_precision("auto", gpu, training=True) == ("fp16" if fast else "fp32")
+        assert pick_precision("auto", gpu) == "fp32"
+
+
+def test_a_configuration_is_checked_when_it_is_made():
+    with pytest.raises(InputError, match="class_loss 'hinge' is none of"):
+        TrainConfig(class_loss="hinge")
+    with pytest.raises(InputError, match="lr is nan"):
+        replace(TrainConfig(), lr=float("nan"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--set", "learning_rate=1"], "no field 'learning_rate'"),
-        (["--set", "lr=fast"], "'fast' is no float"),
-        (["--set", "frozen_stages=1.5"], r"'1\.5' is no int"),
+        (["--set", "lr=fast"], "'fast' is not of type float"),
+        (["--set", "frozen_stages=1.5"], r"'1\.5' is not of type int"),
         (["--epochs", "0"], "epochs is 0"),
         (["--lr", "0"], "lr is 0.0; it must be above 0"),
         (["--set", "clip_norm=0"], "clip_norm is 0.0; it must be above 0"),
@@ -41,6 +96,16 @@ def test_presets_are_whole(preset):
         (["--set", "optimizer=lion"], "optimizer 'lion' is none of adamw, sgd"),
         (["--set", "class_loss=hinge"], "class_loss 'hinge' is none of ohem, focal, quality"),
         (["--name", "../x"], "plain folder name"),
+        (["--preset", "voc280"], "preset 'voc280' is called voc2012 now"),
+        (["--preset", "coco"], "preset 'coco' is none of voc2012, voc2012_atss, voc0712, voc0712_atss, lite, demo"),
+        (["--trunk", "resnet18"], "--trunk is called backbone now"),
+        (["--trunk-weights=none"], "--trunk-weights is called backbone_weights now"),
+        (["--set", "trunk_lr_scale=0.1"], "trunk_lr_scale is called backbone_lr_scale now"),
+        (["--set", "backbone_lr_decay=0.7"], "backbone_lr_decay is gone"),
+        (["--set", "neck=ssd"], "neck is gone: the neck is always an FPN"),
+        (["--set", "box_loss=ciou"], "'ciou' is none of smooth_l1, giou: ciou is gone"),
+        (["--set", "batch_norm=train"], "'train' is none of frozen, sync: train is gone"),
+        (["--set", "matching=ATSS"], "matching 'ATSS' is none of multibox, atss"),
         (["--data", "nowhere"], "no data list 'nowhere/train.json'"),
         (["--device", "tpu"], "'tpu' is not available here"),
         (["--precision", "int4"], "precision 'int4' is none of"),

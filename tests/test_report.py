@@ -9,7 +9,8 @@ from test_metrics import make_detections, make_list
 
 from fpnssd.data.data_list import DataList
 from fpnssd.evaluation.metrics import compute_metrics, rank
-from fpnssd.evaluation.report import draw_curves, main, read_log, view_around, write_report
+from fpnssd.evaluation.report import main, view_around, write_report
+from fpnssd.training.pictures import draw_curves, read_log
 from utils import InputError
 
 TOLD = {"settings": {"detections": "made <b>up</b>.json", "device": "cpu"}, "seconds": {"load": 1.0}}
@@ -44,7 +45,7 @@ def test_curves_are_drawn(tmp_path, capsys):
 
 def test_bad_logs_are_named(tmp_path):
     (tmp_path / "log.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"log\.csv is no log of a training"):
+    with pytest.raises(InputError, match=r"log\.csv is not the log of a training"):
         draw_curves(tmp_path / "log.csv", tmp_path / "curves.png")
     with pytest.raises(SystemExit, match=r"nowhere"):
         main([str(tmp_path / "nowhere")])

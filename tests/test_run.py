@@ -1,7 +1,9 @@
 """Runs that are stopped, killed and resumed end as if nothing had happened; what cannot be resumed is refused."""
 
+import errno
+import fcntl
+import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import pytest
 from tiny_training import TINY, same_end, tiny_config
 
 import train as train_module
-from fpnssd.training.checkpoints import newest_checkpoint
-from fpnssd.training.progress import StopOnSignal
-from model import load_checkpoint
+from fpnssd.data.data_list import DataList
+from fpnssd.training.failures import StopOnSignal
+from fpnssd.training.lock import lock_run
+from model import load_checkpoint, save_checkpoint
 from train import main, train
+from utils import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,20 +40,20 @@ def test_resume_without_a_run_says_so(drawn, in_tmp):
     ],
 )
 def test_stopped_and_resumed_is_straight_through(drawn, in_tmp, monkeypatch, stop_after, number):
-    straight = tiny_config(drawn, name="straight", batch_norm="train")
+    straight = tiny_config(drawn, name="straight")
     train(straight)
-    train_step = train_module.Training.train_step
+    train_step = train_module.Trainer.train_step
 
     def interrupted(self, *arguments):
-        if self.run.step + 1 == stop_after:
+        if self.state.step + 1 == stop_after:
             os.kill(os.getpid(), number)
         return train_step(self, *arguments)
 
-    monkeypatch.setattr(train_module.Training, "train_step", interrupted)
+    monkeypatch.setattr(train_module.Trainer, "train_step", interrupted)
     config = replace(straight, name="stopped")
     train(config)
     assert load_checkpoint("runs/stopped/last.pth.tar")["step"] == stop_after
-    monkeypatch.setattr(train_module.Training, "train_step", train_step)
+    monkeypatch.setattr(train_module.Trainer, "train_step", train_step)
     train(config, resume=True)
     same_end("straight", "stopped")
     assert load_checkpoint("runs/stopped/best.pth.tar")["step"] == load_checkpoint("runs/straight/best.pth.tar")["step"]
@@ -88,7 +92,7 @@ def test_killed_and_resumed_is_straight_through(drawn, in_tmp, kills):
         resume = ["--resume"] * (number > 0)
         process = start(in_tmp, [*arguments, "name=killed", f"workers={workers}", *resume], "runs/killed/last.pth.tar")
         if number:
-            while "goes on with" not in process.stdout.readline():
+            while "resumes runs/killed" not in process.stdout.readline():
                 assert process.poll() is None
         time.sleep(moment)
         process.kill()
@@ -133,7 +137,7 @@ def test_a_signal_to_the_group_comes_with_the_end_of_a_worker(monkeypatch):
             for number in both:
                 signal.pthread_kill(threading.get_ident(), number)  # no other thread is to take it now
             signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
-        assert stop.wanted
+        assert stop.requested
         assert not lost
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -158,8 +162,8 @@ def written_alone(handle):
 
 import train
 os.open, os.fsync, sys.platform = files_alone, written_alone, "win32"
-step = train.Training.train_step
-train.Training.train_step = lambda *arguments: (signal.raise_signal(signal.SIGINT), step(*arguments))[1]
+step = train.Trainer.train_step
+train.Trainer.train_step = lambda *arguments: (signal.raise_signal(signal.SIGINT), step(*arguments))[1]
 train.main()
 """
 
@@ -212,68 +216,157 @@ def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsy
     assert "now precision 'fp32' -> 'fp16'" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(drawn, in_tmp, capsys):
-    config = tiny_config(drawn, name="a")
-    train(config)
-    shutil.copytree("runs/a", "runs/b")
+def test_a_damaged_checkpoint_is_named(drawn, in_tmp):
+    train(tiny_config(drawn, name="a", epochs=1))
     path = Path("runs/a/last.pth.tar")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # one bit, in the middle of some weight
-    path.write_bytes(content)
-    train(config, resume=True)
-    captured = capsys.readouterr()
-    assert "runs/a/last.pth.tar is passed over" in captured.err
-    assert "goes on with runs/a/previous.pth.tar, step 6" in captured.out
-    same_end("a", "b")
-    whole = Path("runs/b/last.pth.tar").read_bytes()
-    for place in (0, 20, len(whole) - 30, len(whole) - 2000, *range(len(whole) - 500, len(whole), 60)):
+    whole = path.read_bytes()
+    # One bit in the middle of some weight; then bytes in the zip file's own bookkeeping, and a file cut short.
+    for place in (len(whole) // 2, 0, 20, len(whole) - 30):
         broken = bytearray(whole)
-        broken[place] ^= 0xFF  # in the zip file's own bookkeeping: its reader raises one thing or another, or nothing
+        broken[place] ^= 0xFF
         path.write_bytes(broken)
-        assert newest_checkpoint(Path("runs/a"))[1]["step"] == 6
-    for name in ("last", "previous"):
-        Path(f"runs/a/{name}.pth.tar").write_bytes(content[:1000])
-    with pytest.raises(SystemExit, match="no checkpoint in runs/a is whole; best"):
+        with pytest.raises(InputError, match=r"runs/a/last\.pth\.tar is damaged.*--weights runs/a/best\.pth\.tar"):
+            train(tiny_config(drawn, name="a", epochs=1), resume=True)
+    path.write_bytes(whole[:1000])
+    with pytest.raises(SystemExit, match=r"runs/a/last\.pth\.tar is damaged and cannot be resumed"):
         main(["--resume", "--name", "a"])
 
 
 def test_last_is_there_at_every_moment(drawn, in_tmp, monkeypatch):
     """An evaluation or a notebook may read it while training goes on."""
-    last, previous = Path("runs/a/last.pth.tar"), Path("runs/a/previous.pth.tar")
-    train(tiny_config(drawn, name="a"))
-    there = []
+    last = Path("runs/a/last.pth.tar")
+    train(tiny_config(drawn, name="a", epochs=1))
+    exists = []
 
     def watched(call):
         def watching(*arguments, **keywords):
             result = call(*arguments, **keywords)
-            there.append(last.exists())
+            exists.append(last.exists())
             return result
 
         return watching
 
-    for name in ("replace", "link", "unlink", "rename"):
+    for name in ("replace", "unlink", "rename"):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
-    train(tiny_config(drawn, name="a", epochs=3), resume=True)
-    assert there
-    assert all(there)
-    assert not last.samefile(previous)
-    assert load_checkpoint(last)["step"] == 9
-    assert load_checkpoint(previous)["step"] == 9  # of after the last epoch and before its evaluation
+    train(tiny_config(drawn, name="a", epochs=2), resume=True)
+    assert exists
+    assert all(exists)
+    assert load_checkpoint(last)["step"] == 6
 
 
-def test_checkpoints_where_there_are_no_hard_links(drawn, in_tmp, monkeypatch):
+def copied_lists(drawn, **changes):
+    """The drawn lists in ./data, with some top-level keys of train.json changed; the images stay where they are."""
+    Path("data").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        content = json.loads((drawn / f"{split}.json").read_text())
+        content["info"]["image_root"] = str(DataList.load(drawn / f"{split}.json").image_root.resolve())
+        Path(f"data/{split}.json").write_text(json.dumps(content | (changes if split == "train" else {})))
+
+
+def test_the_content_of_the_lists_decides_about_resuming(drawn, in_tmp, capsys):
+    train(tiny_config(drawn, epochs=1))
+    content = json.loads((drawn / "train.json").read_text())
+    other_labels = [{**entry, "category_id": content["categories"][0]["id"]} for entry in content["annotations"]]
+    copied_lists(drawn, annotations=other_labels)
+    with pytest.raises(InputError, match=r"trained on another list than data/train\.json"):
+        train(tiny_config("data", epochs=2), resume=True)
+    copied_lists(drawn, images=content["images"][::-1])  # the same images in another order
+    with pytest.raises(InputError, match="trained on another list"):
+        train(tiny_config("data", epochs=2), resume=True)
+    # The same content under another path, and formatted otherwise, is the same list; another val list is a note.
+    copied_lists(drawn)
+    Path("data/train.json").write_text(json.dumps(json.loads(Path("data/train.json").read_text()), indent=1))
+    val = json.loads(Path("data/val.json").read_text())
+    Path("data/val.json").write_text(json.dumps({**val, "images": val["images"][::-1]}))
+    capsys.readouterr()
+    train(tiny_config("data", epochs=2), resume=True)
+    assert "now the evaluation list has another content" in capsys.readouterr().out
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
+
+
+def test_a_run_of_format_version_1_is_not_resumed(drawn, in_tmp):
+    train(tiny_config(drawn, epochs=1))
+    content = json.loads(Path("runs/tiny/config.json").read_text())
+    content["trunk"] = content.pop("backbone")
+    Path("runs/tiny/config.json").write_text(json.dumps(content))
+    refused = r"runs/tiny is a run of format version 1 and cannot be resumed; --weights runs/tiny/best\.pth\.tar"
+    with pytest.raises(SystemExit, match=refused):
+        main(["--resume", "--name", "tiny"])
+    # The checkpoint alone says so too.
+    checkpoint = load_checkpoint("runs/tiny/last.pth.tar")
+    save_checkpoint("runs/tiny/last.pth.tar", checkpoint.pop("model"), **checkpoint | {"train_config": content})
+    with pytest.raises(InputError, match=refused):
+        train(tiny_config(drawn, epochs=2), resume=True)
+
+
+def test_handlers_are_restored_after_a_training(drawn, in_tmp, monkeypatch):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    before = [signal.getsignal(number) for number in numbers]
+    train_step = train_module.Trainer.train_step
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(train_module.Trainer, "train_step", interrupted)
+    train(tiny_config(drawn))
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 1
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+TRY_LOCK = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+file.write("process 1 on elsewhere")
+file.flush()
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def try_lock(path, seconds):
+    """A process without any of our code that locks a file for some seconds, or fails if it is locked."""
+    return subprocess.Popen([sys.executable, "-c", TRY_LOCK, path, str(seconds)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_run_that_is_being_trained_is_refused(drawn, in_tmp):
+    Path("runs/tiny").mkdir(parents=True)
+    holder = try_lock("runs/tiny/.lock", 600)
+    assert holder.stdout.readline() == "locked\n"
+    refused = "runs/tiny is being trained by process 1 on elsewhere: .* --name"
+    try:
+        with pytest.raises(InputError, match=refused):
+            train(tiny_config(drawn, epochs=1))
+        Path("runs/tiny/last.pth.tar").touch()
+        with pytest.raises(InputError, match=refused):
+            train(tiny_config(drawn, epochs=1), resume=True)
+        Path("runs/tiny/last.pth.tar").unlink()
+    finally:
+        holder.kill()  # the worst of deaths gives the lock back
+        holder.wait()
+    train(tiny_config(drawn, epochs=1))
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 3
+
+
+def test_workers_that_outlive_a_training_hold_no_lock(in_tmp):
+    with lock_run("tiny", resume=False):
+        worker = os.fork()
+        if worker == 0:  # as a loader's worker, which notices its parent's end after seconds
+            time.sleep(600)
+            os._exit(0)
+        assert try_lock("runs/tiny/.lock", 0).communicate()[0] == ""
+    try:
+        assert try_lock("runs/tiny/.lock", 0).communicate()[0] == "locked\n"
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_file_system_without_locks_is_named(drawn, in_tmp, monkeypatch, capsys):
     def refused(*_):
-        raise OSError(1, "Operation not permitted")
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(os, "link", refused)
-    train(tiny_config(drawn, name="a", epochs=3))
-    assert [load_checkpoint(f"runs/a/{name}.pth.tar")["step"] for name in ("previous", "last")] == [9, 9]
-
-
-def test_a_checkpoint_between_two_names_is_found(drawn, in_tmp, capsys):
-    """A kill, without hard links, after last became previous and before next became last."""
-    config = tiny_config(drawn, name="a")
-    train(config)
-    Path("runs/a/last.pth.tar").rename("runs/a/next.pth.tar")
-    train(replace(config, epochs=3), resume=True)
-    assert "goes on with runs/a/next.pth.tar, step 6" in capsys.readouterr().out
+    monkeypatch.setattr(fcntl, "lockf", refused)
+    train(tiny_config(drawn, epochs=1))
+    assert "runs/tiny cannot be locked (No locks available): nothing stops a second" in capsys.readouterr().err

@@ -8,7 +8,6 @@ The file needs no network. Its charts are in charts.py, the page around them is 
 
 import argparse
 import base64
-import csv
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import ImageDraw
 
 from fpnssd.data.data_list import DataList
@@ -27,8 +25,9 @@ from fpnssd.evaluation import error_analysis
 from fpnssd.evaluation.charts import BLUE, ORANGE, all_charts
 from fpnssd.evaluation.error_analysis import Errors
 from fpnssd.evaluation.metrics import Ranked, is_above, percent
+from fpnssd.training.pictures import draw_curves
 from model import DETECTION
-from utils import InputError, atomic_write, write_text
+from utils import InputError, write_text
 
 PROTOCOLS = {
     "voc2007_ap50": "VOC2007: IoU 0.5, mean precision at 11 recalls",
@@ -168,54 +167,6 @@ def view_around(box: Sequence[float] | np.ndarray, size: tuple[int, int]) -> tup
         start = min(max((float(low) + float(high) - length) / 2, 0), most - length)
         view.append((int(start), int(start + length)))
     return view[0][0], view[1][0], view[0][1], view[1][1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The curves
-
-
-def read_log(path):
-    """{column: ([epoch, ..], [value, ..])} of a log.csv, without the rows in which a column is empty."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "epoch" not in rows[0]:
-        raise InputError(f"{path} is no log of a training: it has no row with an epoch")
-    columns = {}
-    for row in rows:
-        for name, text in row.items():
-            try:
-                value, epoch = float(text), float(row["epoch"])
-            except (TypeError, ValueError):
-                continue  # empty: not evaluated after this epoch
-            epochs, values = columns.setdefault(name, ([], []))
-            epochs.append(epoch)
-            values.append(value)
-    return columns
-
-
-def draw_curves(log, picture):
-    """Losses, scores in percent and learning rate over the epochs of a log.csv, as a PNG."""
-    columns = read_log(log)
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    losses, scores, rate = figure.subplots(1, 3)
-    for name, (epochs, values) in columns.items():
-        marker = "o" if len(epochs) < 30 else None
-        if name.startswith("loss_"):
-            losses.plot(epochs, values, marker=marker, markersize=3, label=name.removeprefix("loss_"))
-        elif name in ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50", "coco_ap75"):
-            scores.plot(epochs, [100 * value for value in values], marker=marker, markersize=3, label=name)
-        elif name == "lr":
-            rate.plot(epochs, values, label="at the epoch's end")
-    losses.set(title="training loss", ylabel="mean of an epoch")
-    scores.set(title="scores on the evaluation split", ylabel="AP, percent")
-    rate.set(title="learning rate (of all but the backbone)")
-    for axis in (losses, scores, rate):
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    with atomic_write(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 def main(argv=None):

@@ -1,252 +1,238 @@
-"""A training run's state, and its way to and from runs/NAME/: checkpoints, log.csv, config.json.
+"""The state of a training and the folder that it is kept in: runs/NAME with checkpoints, config.json and log.csv.
 
-last.pth.tar holds everything that training needs to go on; previous.pth.tar is the one before it, and next.pth.tar
-there for the moment between. best.pth.tar holds the averaged weights alone.
+last.pth.tar holds everything that --resume needs; best.pth.tar holds the averaged weights of the best evaluation.
 """
 
 import csv
+import io
 import json
-import os
+import math
 import platform
 import sys
 import zipfile
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 
+from fpnssd.data.data_list import DataList
+from fpnssd.training.config import FIXED, FREE, TrainConfig, as_builtins, old_run
 from fpnssd.training.distributed import is_main
-from model import load_checkpoint, save_checkpoint
-from utils import InputError, atomic_write, hash_file
+from fpnssd.training.optim import EMA
+from model import FPNSSD, load_checkpoint, save_checkpoint
+from utils import InputError, write_text
 
-LAST, PREVIOUS, NEXT, BEST = (f"{name}.pth.tar" for name in ("last", "previous", "next", "best"))
-# What a resumed run may have otherwise without a word, and what it cannot: shapes, and which samples a step sees.
-FREE = {
-    "device", "workers", "images", "eval_every", "cache", "log_every", "save_minutes", "compile", "tf32",
-    "batch_size", "weights",
-}  # fmt: skip
-FIXED = {
-    "backbone", "image_size", "fpn_channels", "optimizer", "nominal_batch", "data", "train_split",
-    "seed", "frozen_stages", "batch_norm", "class_balance",
-}  # fmt: skip
+LAST, BEST = "last.pth.tar", "best.pth.tar"
+VERSIONS = {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, timm, np)}
+MAX_SKIPPED = 20  # consecutive steps that fp16's gradient scaler may skip before the training counts as diverged
 
 
-class Run:
-    """Everything that changes while training."""
+class NotFiniteError(RuntimeError):
+    """A loss, gradient or weight that is infinite or not a number."""
 
-    def __init__(self, config, model, ema, optimizer, scaler, train_list, step_images):
-        """train_list: its number of images and content go into the checkpoint, to be compared when resuming."""
-        self.config, self.folder = config, Path("runs") / config.name
-        self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
-        self.num_images, self.step_images = len(train_list), step_images
-        self.list_hash = hash_file(train_list.path)
-        self.step = 0
-        self.best = None
-        self.stale = 0  # evaluations since the best one
-        self.sums = {}  # of the running epoch's loss terms
-        self.seconds = 0.0  # that it took so far
-        self.log = []  # a dict an epoch
-        self.unsaved = None  # why the last attempt to save failed
+    def __init__(self, step: int, terms: dict[str, float], keys: list[tuple[int, int, int]]):
+        super().__init__(f"not finite at step {step}: " + ", ".join(f"{name} {v:g}" for name, v in terms.items()))
+        self.step, self.keys = step, keys
 
-    def state(self):
+
+@dataclass
+class TrainState:
+    """Everything that changes in a training, and so what a checkpoint holds."""
+
+    model: FPNSSD
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of fp16; disabled otherwise
+    step: int = 0  # optimizer steps done
+    best: float | None = None  # VOC2007 AP50 of best.pth.tar
+    stale: int = 0  # evaluations since the best one
+    sums: dict[str, float] = field(default_factory=dict)  # of the loss terms of this epoch, and how many "steps"
+    seconds: float = 0.0  # that this epoch has taken so far
+    log: list[dict] = field(default_factory=list)  # a row for each epoch
+    # Not in a checkpoint: of each step since read_losses its number, the keys of its samples (epoch, index, occurrence)
+    # and on the device box loss, class loss and norm of the gradient (3,); how many steps in a row fp16 skipped.
+    unread: list[tuple[int, list, torch.Tensor]] = field(default_factory=list)
+    skipped: int = 0
+
+    def read_losses(self) -> None:
+        """Adds the unread losses to the epoch's sums. The one place where the host waits for the device.
+
+        Raises:
+            NotFiniteError: for the first step whose loss or gradient is not finite. With fp16 an infinite gradient is
+                normal, as the scaler skips the step and halves its scale: MAX_SKIPPED in a row are not.
+        """
+        unread, self.unread = self.unread, []
+        for step, keys, losses in unread:
+            box, class_, norm = losses.tolist()
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            diverged = self.skipped >= (MAX_SKIPPED if self.scaler.is_enabled() else 1)
+            if diverged or not math.isfinite(box + class_):
+                raise NotFiniteError(step, {"box": box, "class": class_, "gradient norm": norm}, keys)
+            if not self.skipped:
+                for name, value in (("steps", 1), ("box", box), ("class", class_)):
+                    self.sums[name] = self.sums.get(name, 0) + value
+
+    def means(self) -> dict[str, float]:
+        """The mean of each loss term over this epoch's steps."""
+        return {name: total / self.sums["steps"] for name, total in self.sums.items() if name != "steps"}
+
+    def state_dict(self) -> dict:
+        """What save_checkpoint stores beside "model", the averaged network.
+
+        Raises:
+            NotFiniteError: if a loss, gradient or weight is not finite: such a state is never saved.
+        """
+        self.read_losses()
+        weights = self.model.state_dict()
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise NotFiniteError(self.step, {name: math.nan}, [])
         cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
         return {
-            "raw_model": self.model.state_dict(),
-            "ema_updates": self.ema.updates,
+            "raw_model": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "best": self.best,
-            "stale": self.stale,
-            "sums": self.sums,
-            "seconds": self.seconds,
-            "log": self.log,
-            "train_config": as_builtins(self.config),
-            "num_images": self.num_images,
-            "step_images": self.step_images,
-            "list_hash": self.list_hash,
+            **{name: getattr(self, name) for name in ("step", "best", "stale", "sums", "seconds", "log")},
             "torch_rng": torch.get_rng_state(),
-            "versions": versions(),
             **cuda,
         }
 
-    def save(self):
-        """Writes last.pth.tar and keeps the one before; True if that went well.
-
-        A full disk is said and not raised: what is there stays, and training goes on to the next attempt.
-        """
-        if not is_main():
-            return True
-        try:
-            save_checkpoint(self.folder / NEXT, self.ema.module, **self.state())
-            if (self.folder / LAST).exists():
-                self._keep_last()
-            os.replace(self.folder / NEXT, self.folder / LAST)
-            self.unsaved = None
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
-            self.unsaved = str(error).splitlines()[0]
-            print(
-                f"warning: step {self.step} could not be saved in {self.folder} ({self.unsaved}). Checkpoints that are "
-                "there stay as they are; training goes on and tries again. Is the disk full?",
-                file=sys.stderr,
-            )
-        return self.unsaved is None
-
-    def _keep_last(self):
-        """Gives the last checkpoint a second name, so that who reads last.pth.tar meanwhile finds it at any moment."""
-        last, previous = self.folder / LAST, self.folder / PREVIOUS
-        previous.unlink(missing_ok=True)
-        try:
-            os.link(last, previous)
-        except OSError:  # a file system without hard links: there is a moment without last.pth.tar
-            os.replace(last, previous)
-
-    def save_best(self, score):
-        """Writes best.pth.tar; True if that went well."""
-        with warn_if_unwritable(self.folder / BEST) as attempt:
-            about = {"step": self.step, "best": score, "train_config": as_builtins(self.config)}
-            save_checkpoint(self.folder / BEST, self.ema.module, **about)
-        return attempt.went_well
-
-    def load(self):
-        """Goes on from the newest checkpoint that is whole; says which one, and what is new in the configuration."""
-        path, checkpoint = newest_checkpoint(self.folder)
-        if "train_config" not in checkpoint or "optimizer" not in checkpoint:
-            raise InputError(f"{path} holds a model, but no run that could be resumed")
-        changes = self._check_same_run(checkpoint, path)
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """The inverse, of a whole checkpoint; learning rates and weight decay stay those of the optimizer."""
         self.ema.module.load_state_dict(checkpoint["model"].state_dict())
-        self.ema.updates.copy_(checkpoint["ema_updates"])
         self.model.load_state_dict(checkpoint["raw_model"])
-        kept = ("initial_lr", "weight_decay", "momentum")  # those of the configuration as it is now
-        settings = [{name: group[name] for name in kept if name in group} for group in self.optimizer.param_groups]
+        settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
+            group |= {name: setting[name] for name in ("initial_lr", "weight_decay", "momentum") if name in setting}
         if checkpoint["scaler"]:  # empty but for fp16
             self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("step", "best", "stale", "sums", "log"):
+        for name in ("step", "best", "stale", "sums", "seconds", "log"):
             setattr(self, name, checkpoint[name])
-        self.seconds = checkpoint.get("seconds", 0.0)
         torch.set_rng_state(checkpoint["torch_rng"])
         if "cuda_rng" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+
+class RunFolder:
+    """runs/NAME of a training. All processes call its methods; the main one writes.
+
+    Args:
+        config: of the training.
+        lists: training and evaluation list; their content is compared on --resume.
+        step_images: images of a step, over all processes.
+    """
+
+    def __init__(self, config: TrainConfig, lists: tuple[DataList, DataList], step_images: int):
+        self.config, self.path = config, Path("runs") / config.name
+        self.list_path = lists[0].path
+        self.identity = {
+            "train_config": as_builtins(config),
+            "content_hash": lists[0].content_hash,
+            "val_hash": lists[1].content_hash,
+            "step_images": step_images,
+            "versions": VERSIONS,
+        }
+        self.saved = True  # whether the last attempt to save went well
+
+    def prepare(self) -> None:
+        """Writes config.json, and removes what a killed process left half written."""
         if is_main():
-            print(f"goes on with {path}, step {self.step}")
+            for left_over in self.path.glob(".*.pth.tar.*"):
+                left_over.unlink()
+            write_text(self.path / "config.json", json.dumps(self.identity["train_config"], indent=2))
+
+    def save(self, state: TrainState) -> bool:
+        """Replaces last.pth.tar; returns whether it could be written.
+
+        Raises:
+            NotFiniteError: see TrainState.state_dict; nothing is written.
+        """
+        content = {**state.state_dict(), **self.identity}
+        write = partial(save_checkpoint, self.path / LAST, state.ema.module, **content)
+        self.saved = not is_main() or try_to_save(f"step {state.step} of {self.path}", write)
+        return self.saved
+
+    def save_best(self, state: TrainState, score: float | None) -> bool:
+        """Replaces best.pth.tar, which has no optimizer state; returns whether it could be written."""
+        content = {"step": state.step, "best": score, "train_config": self.identity["train_config"]}
+        path = self.path / BEST
+        return try_to_save(path, lambda: save_checkpoint(path, state.ema.module, **content))
+
+    def write_log(self, state: TrainState) -> None:
+        """log.csv: the rows of the state, so that those of epochs that a kill has lost go."""
+        if state.log and is_main():
+            columns = dict.fromkeys(name for row in state.log for name in row)
+            writer = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(state.log)
+            try_to_save(self.path / "log.csv", lambda: write_text(self.path / "log.csv", text.getvalue()))
+
+    def load(self, state: TrainState) -> None:
+        """Loads last.pth.tar into a state of the same shapes, and prints what differs in the configuration.
+
+        Raises:
+            InputError: if it is missing or damaged, or of another training.
+        """
+        path = self.path / LAST
+        try:
+            damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
+            if damaged is not None:
+                raise InputError(f"checksum of {damaged}")
+            checkpoint = load_checkpoint(path)
+        except Exception as error:  # a damaged zip file makes its readers raise nearly anything
+            reason = f"{path} is damaged and cannot be resumed ({str(error) or type(error).__name__})"
+            raise InputError(f"{reason}; --weights {self.path / BEST} starts another run (--name)") from error
+        changes = self._compare(checkpoint, state)
+        state.load_state_dict(checkpoint)
+        if is_main():
+            print(f"resumes {path} at step {state.step}")
             for change in changes:
                 print(f"  now {change}")
 
-    def _check_same_run(self, checkpoint, path):
-        """["field old -> new", ...]; InputError where the run could not go on as it was."""
-        if checkpoint["model"].config != self.model.config:
-            raise InputError(f"{path} was trained on other classes or shapes than {self.config.data} and the flags say")
-        if checkpoint["num_images"] != self.num_images:
-            counts = f"{checkpoint['num_images']} images, {self.config.data} has {self.num_images} now"
-            raise InputError(f"{path} was trained on {counts}: its epochs would differ; start another run (--name)")
-        if checkpoint["step_images"] != self.step_images:
+    def _compare(self, checkpoint: dict, state: TrainState) -> list[str]:
+        """Notes such as "lr 0.001 -> 0.01"; InputError where the training could not go on as it was."""
+        path, identity = self.path / LAST, self.identity
+        if "train_config" not in checkpoint or "optimizer" not in checkpoint:
+            raise InputError(f"{path} holds a model, but not the state of a training")
+        saved, now = checkpoint["train_config"], identity["train_config"]
+        if "trunk" in saved:
+            raise InputError(old_run(self.path))
+        if checkpoint["model"].config != state.model.config:
+            raise InputError(f"{path} was trained with other classes or shapes than {self.config.data} and the flags")
+        if checkpoint.get("content_hash") != identity["content_hash"]:
             raise InputError(
-                f"{path} was trained with {checkpoint['step_images']} images a step (batch x processes x "
-                f"accumulation), not {self.step_images}: its epochs would differ; --batch-size can keep the product"
+                f"{path} was trained on another list than {self.list_path}: its images, boxes or flags differ; start "
+                "another run (--name)"
             )
-        saved, now = checkpoint["train_config"], as_builtins(self.config)
-        changed = {name for name in now if name not in FREE and saved.get(name) != now[name]}
-        changes = [f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in sorted(changed)]
-        if changed & FIXED:
-            refused = [change for change in changes if change.split()[0] in FIXED]
+        if checkpoint["step_images"] != identity["step_images"]:
+            raise InputError(
+                f"{path} was trained with {checkpoint['step_images']} images a step (batch x processes x accumulation),"
+                f" not {identity['step_images']}: its epochs would differ; --batch-size can keep the product"
+            )
+        changed = sorted(name for name in now if name not in FREE and saved.get(name) != now[name])
+        changes = {name: f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in changed}
+        refused = [change for name, change in changes.items() if name in FIXED]
+        if refused:
             raise InputError(f"{path} cannot be resumed with another {'; '.join(refused)}: start another run (--name)")
-        if checkpoint["list_hash"] != self.list_hash:
-            changes.append("the training list has another content")
-        before, here = checkpoint["versions"], versions()
-        return changes + [
-            f"{name} {before.get(name)} -> {here[name]}" for name in here if before.get(name) != here[name]
-        ]
-
-    def means(self):
-        """{name: mean} of the running epoch's loss terms."""
-        return {name: total / self.sums["steps"] for name, total in self.sums.items() if name != "steps"}
-
-    def write_log(self):
-        """log.csv, a row an epoch, always as long as the checkpoint knows."""
-        if not self.log:
-            return
-        columns = list(dict.fromkeys(name for row in self.log for name in row))
-        with atomic_write(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.log)
+        notes = list(changes.values())
+        if checkpoint.get("val_hash") != identity["val_hash"]:
+            notes.append("the evaluation list has another content")
+        before = checkpoint["versions"]
+        return notes + [f"{name} {before.get(name)} -> {v}" for name, v in VERSIONS.items() if before.get(name) != v]
 
 
-class warn_if_unwritable:
-    """A block whose failure to write is said and not raised: a full disk costs no training."""
-
-    def __init__(self, what):
-        self.what, self.went_well = what, False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self.went_well = error is None
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save raises RuntimeError where a disk is full
-            print(f"warning: {self.what} could not be written ({error}); training goes on", file=sys.stderr)
-            return True
-        return False
-
-
-def holds_a_run(folder):
-    return any((folder / name).exists() for name in (NEXT, LAST, PREVIOUS, BEST))
-
-
-def newest_checkpoint(folder):
-    """(path, content) of the newest checkpoint in a run's folder that is whole; damaged ones are named on the way."""
-    there = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).exists()]
-    if not there:
-        raise InputError(f"nothing to resume: no checkpoint {str(folder / LAST)!r}")
-    for path in there:
-        try:
-            damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
-            if damaged is None:
-                return path, load_checkpoint(path)
-            reason = f"{damaged} in it is damaged"
-        except Exception as error:  # a damaged zip file makes its reader raise nearly anything
-            reason = str(error) or type(error).__name__
-        if is_main():
-            print(f"warning: {path} is passed over: {reason}", file=sys.stderr)
-    raise InputError(f"no checkpoint in {folder} is whole; {BEST} still serves for --weights, if it is there")
-
-
-def as_builtins(config):
-    """A configuration as a checkpoint or JSON file holds it: tuples become lists."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def from_builtins(kind, values):
-    """The opposite: a dataclass of `kind`, with the dataclasses inside of it."""
-    known = {field.name: field.type for field in fields(kind)}
-    read = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = from_builtins(known[name], value)
-        read[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**read)
-
-
-def saved_config(name, kind):
-    """The configuration of runs/NAME, or None where there is none."""
-    path = Path("runs") / name / "config.json"
-    if not path.is_file():
-        return None
+def try_to_save(what: str | Path, write: Callable[[], Any]) -> bool:
+    """Calls `write`; a failure, such as a full disk, is a warning: it does not end a training. False if it failed."""
     try:
-        return from_builtins(kind, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is no configuration of this version's: {error}") from error
-
-
-def versions():
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-    }
+        write()
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+        reason = f"{what} could not be saved ({str(error).splitlines()[0]}), an earlier file stays as it is"
+        print(f"warning: {reason}; training goes on. Is the disk full?", file=sys.stderr)
+        return False
+    return True

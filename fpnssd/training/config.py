@@ -1,24 +1,61 @@
-"""The recipe of a training: every knob, the presets, and what of the command line becomes of them.
+"""The configuration of a training: every field, the presets, and how the command line changes them.
 
 A preset is a function that returns a TrainConfig; a new one is a few lines here.
 """
 
+import argparse
 import ast
+import json
 import math
 import re
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig
 from fpnssd.model_config import SCALES
-from fpnssd.training.checkpoints import saved_config
 from fpnssd.training.distributed import num_processes
-from fpnssd.training.loss import BOX_LOSSES, CLASS_LOSSES, MATCHINGS
+from fpnssd.training.loss import BoxLoss, ClassLoss, Matching
 from utils import InputError
+
+T = TypeVar("T")
+
+MINIMUM = {
+    "epochs": 1, "batch_size": 1, "nominal_batch": 1, "eval_every": 1, "log_every": 1, "workers": 0, "seed": 0,
+    "patience": 0, "save_minutes": 0, "ema_decay": 0, "cache_side": 0, "warmup_steps": 0, "weight_decay": 0,
+    "box_weight": 0,
+}  # fmt: skip
+# Fields that may differ on --resume without a note, and fields that must not: shapes, and the samples of each step.
+FREE = {
+    "device", "workers", "data", "train_split", "images", "eval_every", "cache", "log_every", "save_minutes", "compile",
+    "tf32", "batch_size", "weights",
+}  # fmt: skip
+FIXED = {
+    "backbone", "image_size", "fpn_channels", "optimizer", "nominal_batch", "seed", "frozen_stages", "batch_norm",
+    "class_balance",
+}  # fmt: skip
+# Flags, fields and values that earlier versions had, and what became of them.
+OLD_WORDS = {
+    "trunk": "is called backbone now",
+    "trunk_weights": "is called backbone_weights now",
+    "trunk_lr_scale": "is called backbone_lr_scale now",
+    "trunk_lr_decay": "is gone: backbone_lr_scale is for the whole backbone",
+    "backbone_lr_decay": "is gone: backbone_lr_scale is for the whole backbone",
+    "neck": "is gone: the neck is always an FPN",
+    "ciou": "is gone: giou is the IoU loss",
+    "train": "is gone: frozen works everywhere, sync on GPUs",
+    "voc280": "is called voc2012 now, which trains for 280 epochs",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe. Each field is reachable as --set field=value; the usual ones have a flag of their own."""
+    """The configuration of a training. Each field is `--set field=value`; the usual ones have a flag of their own.
+
+    Raises:
+        InputError: for a value out of its range or choices, when it is made.
+    """
 
     name: str = "voc2012"  # results go to runs/NAME
     data: str = "data/voc2012"  # folder of data lists
@@ -26,147 +63,170 @@ class TrainConfig:
     val_split: str = "val"
     images: str = ""  # folder of the photographs, if not where the data lists say
 
-    backbone: str = "resnet50"
+    backbone: str = "resnet50"  # a name of timm's
     backbone_weights: str = "imagenet"  # or none, or a file
-    weights: str = ""  # a checkpoint to start from, of any classes: what fits is taken
+    weights: str = ""  # a checkpoint to start from; its classes may differ: the tensors that fit are copied
     image_size: int = 300
     fpn_channels: int = 256
-    scales: tuple = SCALES  # of the priors, a level each
-    frozen_stages: int = 1  # backbone stages that do not train: -1 none, 0 the stem, k the stem and k stages
-    batch_norm: str = "frozen"  # the backbone's keeps its ImageNet statistics and factors; or train; or sync: over GPUs
+    scales: tuple = SCALES  # of the priors, one a level
+    frozen_stages: int = 1  # backbone stages that are not trained: -1 none, 0 the stem, k the stem and k stages
+    # The backbone's: frozen keeps its ImageNet statistics and factors, sync trains them over the images of all GPUs.
+    batch_norm: Literal["frozen", "sync"] = "frozen"
 
-    epochs: int = 60
-    batch_size: int = 32  # images a process takes at a time
-    nominal_batch: int = 32  # images a step, about: so many batches are accumulated as come nearest to it
-    optimizer: str = "adamw"  # or sgd
-    lr: float = 1e-3  # of all but the backbone, for nominal_batch; larger steps scale it (see scaled_lr)
-    backbone_lr_scale: float = 0.2  # pretrained backbones forget: theirs is so much of lr
-    backbone_lr_decay: float = 1.0  # and so much less for each stage further from the heads
+    epochs: int = 280
+    batch_size: int = 32  # images of one forward pass of a process
+    nominal_batch: int = 32  # images a step, about: as many batches are accumulated as come nearest to it
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3  # of all but the backbone, at nominal_batch images a step; larger steps scale it (scaled_lr)
+    backbone_lr_scale: float = 0.2  # the backbone's learning rate as a share of lr: pretrained features are soon lost
     momentum: float = 0.9  # of sgd
     weight_decay: float = 1e-4  # of weights; biases and norms have none
-    schedule: str = "cosine"  # to 0; or steps: a tenth after each milestone
-    milestones: tuple = (0.667, 0.833)  # of all steps: SSD's 80,000 and 100,000 of 120,000
-    warmup_steps: int = 100  # linear; of a short training at most a quarter
-    clip_norm: float = 10.0
-    ema_decay: float = 0.999  # warmed up as (1 + step) / (10 + step)
+    schedule: Literal["cosine", "steps"] = "cosine"  # cosine falls to 0, steps to a tenth after each milestone
+    milestones: tuple = (0.667, 0.833)  # shares of all steps: SSD's 80,000 and 100,000 of 120,000
+    warmup_steps: int = 100  # linear; at most a quarter of the training
+    clip_norm: float = 10.0  # largest norm of the gradient
+    ema_decay: float = 0.999  # of the averaged weights; warmed up as (1 + step) / (10 + step)
 
-    matching: str = "multibox"  # or atss
-    box_loss: str = "smooth_l1"  # or giou, ciou
-    class_loss: str = "ohem"  # or focal, quality
-    box_weight: float = 1.0  # of the box loss beside the class loss
+    matching: Matching = "multibox"
+    box_loss: BoxLoss = "smooth_l1"
+    class_loss: ClassLoss = "ohem"
+    box_weight: float = 1.0  # of the box loss, relative to the class loss
     negative_ratio: int = 3  # of ohem
-    min_negatives: int = 8  # of ohem, an image
-    difficult_positive: bool = True  # whether difficult objects are learnt
+    min_negatives: int = 8  # of ohem, for each image
+    difficult_positive: bool = True  # whether difficult objects are positives, or ignored
 
     augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 (frozen); its fields as --set augment.mosaic=0.5
-    class_balance: float = 0.0  # 0 draws images alike, 1 classes; 0.5 lies between (datasets.balanced_weights)
-    cache: str = "off"  # or disk: decoded images of the training list in one file beside it
-    cache_side: int = 0  # shorter side of images in the cache; 0 keeps them whole
+    class_balance: float = 0.0  # 0 draws images equally often, 1 classes; 0.5 lies between (datasets.balanced_weights)
+    cache: Literal["off", "disk"] = "off"  # disk: decoded images of the training list in one file beside it
+    cache_side: int = 0  # shorter side of the cached images; 0 keeps their size
 
-    eval_every: int = 4  # epochs; the last one is always evaluated
-    patience: int = 0  # evaluations without a better one that end the training; 0: never
-    save_minutes: float = 10.0  # between checkpoints inside of an epoch; after each epoch there is one anyway
-    log_every: int = 20  # steps between looks at the loss: each makes the host wait for the device
+    eval_every: int = 10  # epochs; the last one is always evaluated
+    patience: int = 0  # evaluations without a better one after which the training ends; 0: never
+    save_minutes: float = 10.0  # between checkpoints within an epoch; each epoch ends with one
+    log_every: int = 20  # steps between readings of the loss; each makes the host wait for the GPU
     workers: int = 2
     seed: int = 0
     device: str = "auto"
-    precision: str = "auto"  # fp32, bf16, fp16, or bf16 where the machine is fast at it
-    tf32: bool = True  # matrix products of what stays fp32 on the GPU's tensor cores: 10 bits of mantissa
-    compile: bool = False  # torch.compile: minutes at the start, faster steps after
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest that is safe (utils.pick_precision)
+    tf32: bool = True  # on GPUs, fp32 matrix products use tensor cores: 10 bits of mantissa
+    compile: bool = False  # torch.compile: minutes at the start, faster steps afterwards
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
+            raise InputError(f"run name {self.name!r} has to be a plain folder name")
+        for name, minimum in MINIMUM.items():
+            if not getattr(self, name) >= minimum:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        for name, hint in (("lr", ""), ("clip_norm", "; 1e9 clips nothing")):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0{hint}")
+        if not all(0 <= milestone <= 1 for milestone in self.milestones):
+            raise InputError(f"milestones are {self.milestones}; they are shares of the training, in 0..1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                reason = f": {value} {OLD_WORDS[value]}" if value in OLD_WORDS else ""
+                raise InputError(f"{field.name} {value!r} is none of {', '.join(get_args(field.type))}{reason}")
 
 
-# In place of SSD's own matching and losses, which are TrainConfig's defaults: what README.md, "Results", found better.
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+# Instead of SSD's matching and losses, which are TrainConfig's defaults: the best ones of README.md, "Results".
 ATSS_QFL = {"matching": "atss", "box_loss": "giou", "box_weight": 2.0, "class_loss": "quality"}
 
 
-def voc2012():
-    """ResNet-50 on VOC2012 train, evaluated on val."""
-    return TrainConfig(**ATSS_QFL)
+def voc2012() -> TrainConfig:
+    """ResNet-50-FPN and SSD's MultiBox loss on VOC2012 train, evaluated on val."""
+    return TrainConfig()
 
 
-def voc0712():
-    """The usual benchmark: VOC2007 and VOC2012 trainval, evaluated on VOC2007 test."""
-    return TrainConfig(
-        name="voc0712", data="data/voc0712", train_split="trainval", val_split="test", epochs=80, **ATSS_QFL
-    )
+def voc2012_atss() -> TrainConfig:
+    """The same network and lists with ATSS matching, GIoU and quality focal loss."""
+    return TrainConfig(name="voc2012_atss", epochs=60, eval_every=4, **ATSS_QFL)
 
 
-def voc280():
-    """SSD's own recipe for 280 epochs: its losses, and SGD, a tenth of the rate after two thirds and five sixths."""
-    return TrainConfig(
-        name="voc280", epochs=280, optimizer="sgd", lr=2e-3, backbone_lr_scale=1.0, weight_decay=5e-4, schedule="steps",
-        warmup_steps=500, eval_every=10,
-    )  # fmt: skip
+def voc0712() -> TrainConfig:
+    """The usual benchmark: VOC2007 and VOC2012 trainval, evaluated on VOC2007 test; SSD's MultiBox loss."""
+    lists = {"data": "data/voc0712", "train_split": "trainval", "val_split": "test"}
+    return TrainConfig(name="voc0712", **lists, epochs=80, eval_every=4)
 
 
-def lite():
-    """The small detector: trains in minutes to hours on a CPU, from weights that an installable package carries."""
+def voc0712_atss() -> TrainConfig:
+    """The same benchmark with ATSS matching, GIoU and quality focal loss."""
+    return replace(voc0712(), name="voc0712_atss", **ATSS_QFL)
+
+
+def lite() -> TrainConfig:
+    """The small detector: trains in hours on a CPU; its ImageNet weights come with a Python package."""
     return TrainConfig(
         name="lite", backbone="tf_efficientnet_lite2", fpn_channels=128, frozen_stages=3, epochs=36, batch_size=16,
         nominal_batch=16, warmup_steps=50, workers=1, augment=AugmentConfig(copy_paste=0.5, close_epochs=3),
-        class_balance=0.5, **ATSS_QFL,
+        class_balance=0.5, eval_every=4, **ATSS_QFL,
     )  # fmt: skip
 
 
-def demo():
-    """make demo: shapes that synthetic.py draws, learnt in minutes on two cores."""
+def demo() -> TrainConfig:
+    """make demo: the shapes that fpnssd.data.synthetic draws, in minutes on two cores."""
     return TrainConfig(
         name="demo", data="data/synthetic", backbone="tf_efficientnet_lite0", fpn_channels=128, frozen_stages=3,
         backbone_lr_scale=1.0, epochs=8, batch_size=8, nominal_batch=8, augment=NO_AUGMENTATION, warmup_steps=30,
-        ema_decay=0.98, workers=1,
+        ema_decay=0.98, workers=1, eval_every=4,
     )  # fmt: skip
 
 
-PRESETS = {preset.__name__: preset for preset in (voc2012, voc0712, voc280, lite, demo)}
+PRESETS = {preset.__name__: preset for preset in (voc2012, voc2012_atss, voc0712, voc0712_atss, lite, demo)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+
 FLAGS = (
     "name", "data", "images", "cache", "backbone", "backbone_weights", "weights", "epochs", "batch_size", "lr",
     "workers", "seed", "device", "precision", "compile",
 )  # fmt: skip
-CHOICES = {
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("cosine", "steps"),
-    "batch_norm": ("frozen", "train", "sync"),
-    "cache": ("off", "disk"),
-    "matching": MATCHINGS,
-    "box_loss": tuple(BOX_LOSSES),
-    "class_loss": tuple(CLASS_LOSSES),
-}
-LEAST = {
-    "epochs": 1, "batch_size": 1, "nominal_batch": 1, "eval_every": 1, "log_every": 1, "workers": 0, "seed": 0,
-    "patience": 0, "save_minutes": 0, "ema_decay": 0, "cache_side": 0, "warmup_steps": 0, "weight_decay": 0,
-    "box_weight": 0,
-}  # fmt: skip
 
 
-def make_config(args):
-    """The preset (to resume, the run's own config), with what the command line says instead."""
+def make_config(args: argparse.Namespace) -> TrainConfig:
+    """The configuration that a command line asks for.
+
+    Args:
+        args: of train.parse_args: `preset`, `resume`, `set` and one attribute for each of FLAGS, None if not given.
+
+    Returns:
+        The preset, or with `resume` the run's own configuration, with the fields that the command line gives.
+
+    Raises:
+        InputError: for an unknown preset, field or value.
+    """
+    if args.preset not in PRESETS:
+        reason = OLD_WORDS.get(args.preset, f"is none of {', '.join(PRESETS)}")
+        raise InputError(f"preset {args.preset!r} {reason}")
     changes = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     config = PRESETS[args.preset]()
     if args.resume:
-        name = set_fields(replace(config, **changes), [one for one in args.set if one.startswith("name=")]).name
-        config = saved_config(name, TrainConfig) or config
-    config = set_fields(replace(config, **changes), args.set)
-    if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
-        raise InputError(f"run name {config.name!r} has to be a plain folder name")
-    for name, least in LEAST.items():
-        if getattr(config, name) < least:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be at least {least}")
-    for name in ("lr", "clip_norm"):
-        if not getattr(config, name) > 0:
-            hint = "; 1e9 clips nothing" if name == "clip_norm" else ""
-            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0{hint}")
-    if not all(0 <= milestone <= 1 for milestone in config.milestones):
-        raise InputError(f"milestones are {config.milestones}; they are shares of the training, in 0..1")
-    for name, known in CHOICES.items():
-        if getattr(config, name) not in known:
-            raise InputError(f"{name} {getattr(config, name)!r} is none of {', '.join(known)}")
-    return config
+        name = set_fields(replace(config, **changes), [text for text in args.set if text.startswith("name=")]).name
+        config = saved_config(name) or config
+    return set_fields(replace(config, **changes), args.set)
 
 
-def set_fields(config, assignments):
-    """A copy of a dataclass with fields set from "field=value" texts; "part.field=value" reaches a dataclass inside.
+def refuse_old_flags(arguments: Iterable[str]) -> None:
+    """Raises InputError for a flag of an earlier version, such as --trunk, and says what it is called now."""
+    for argument in arguments:
+        word = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and word in OLD_WORDS:
+            raise InputError(f"{argument.split('=')[0]} {OLD_WORDS[word]}")
 
-    InputError for a field it has not, or a value that is not of the field's type.
+
+def set_fields(config: T, assignments: Iterable[str]) -> T:
+    """A copy of a dataclass with some fields changed.
+
+    Args:
+        config: the dataclass.
+        assignments: "field=value" texts; "part.field=value" reaches a dataclass within it.
+
+    Raises:
+        InputError: for a field that does not exist, or a value of another type than the field's.
     """
     for assignment in assignments:
         name, _, text = assignment.partition("=")
@@ -174,12 +234,15 @@ def set_fields(config, assignments):
     return config
 
 
-def _set_field(config, names, text, assignment):
+def _set_field(config: Any, names: list[str], text: str, assignment: str) -> Any:
     types = {field.name: field.type for field in fields(config)}
     if names[0] not in types:
+        if names[0] in OLD_WORDS:
+            raise InputError(f"--set {assignment}: {names[0]} {OLD_WORDS[names[0]]}")
         kind = type(config).__name__
         raise InputError(f"--set {assignment}: {kind} has no field {names[0]!r}; it has {', '.join(types)}")
-    expected, old = types[names[0]], getattr(config, names[0])
+    old = getattr(config, names[0])
+    expected = str if get_origin(types[names[0]]) is Literal else types[names[0]]
     if is_dataclass(old) and len(names) > 1:
         return replace(config, **{names[0]: _set_field(old, names[1:], text, assignment)})
     try:
@@ -189,21 +252,81 @@ def _set_field(config, names, text, assignment):
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected or len(names) > 1:
-        hint = f"; it has fields of its own, as {names[0]}.{fields(old)[0].name}" if is_dataclass(old) else ""
-        raise InputError(f"--set {assignment}: {text!r} is no {expected.__name__}{hint}")
+        hint = f"; it has fields of its own, such as {names[0]}.{fields(old)[0].name}" if is_dataclass(old) else ""
+        raise InputError(f"--set {assignment}: {text!r} is not of type {expected.__name__}{hint}")
     return replace(config, **{names[0]: value})
 
 
-def batch_sizes(config, num_images):
-    """(images a process takes at a time, batches a step): together about config.nominal_batch, at most num_images."""
+# ---------------------------------------------------------------------------------------------------------------------
+# As JSON
+
+
+def as_builtins(config: Any) -> dict:
+    """A configuration as a checkpoint or JSON file holds it: tuples become lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_builtins(kind: type[T], values: dict) -> T:
+    """The inverse of as_builtins: a dataclass of type `kind`, with the dataclasses within it."""
+    known = {field.name: field.type for field in fields(kind)}
+    read = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = from_builtins(known[name], value)
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**read)
+
+
+def saved_config(name: str) -> TrainConfig | None:
+    """The configuration in runs/NAME/config.json, or None where there is no such file.
+
+    Raises:
+        InputError: if it was written by another version, or is damaged.
+    """
+    path = Path("runs") / name / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "trunk" in values:
+            raise InputError(old_run(path.parent))
+        return from_builtins(TrainConfig, values)
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a configuration of this version: {error}") from error
+
+
+def old_run(folder: Path) -> str:
+    """Why a run whose model has format version 1 is not resumed."""
+    return (
+        f"{folder} is a run of format version 1 and cannot be resumed; --weights {folder / 'best.pth.tar'} "
+        "starts another run (--name) from its weights"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derived values
+
+
+def batch_sizes(config: TrainConfig, num_images: int) -> tuple[int, int]:
+    """How the images of a step are divided.
+
+    Returns:
+        (images of one forward pass of a process, passes a step): about config.nominal_batch images over all processes
+        and passes, and no more than num_images.
+    """
     count = num_processes()
     batch_size = min(config.batch_size, num_images // count)
     accumulate = max(1, round(config.nominal_batch / (batch_size * count)))
     return batch_size, min(accumulate, num_images // (batch_size * count))
 
 
-def scaled_lr(config, step_images):
-    """config.lr for steps of another size than nominal_batch: linear for SGD (Goyal et al., arXiv:1706.02677), by the
-    square root for AdamW (Malladi et al., arXiv:2205.10287); smaller steps than that keep it."""
+def scaled_lr(config: TrainConfig, step_images: int) -> float:
+    """config.lr for a step of step_images images.
+
+    Steps larger than nominal_batch scale it linearly for SGD (Goyal et al., arXiv:1706.02677) and by the square root
+    for AdamW (Malladi et al., arXiv:2205.10287); smaller ones do not change it.
+    """
     ratio = max(1.0, step_images / config.nominal_batch)
     return config.lr * (ratio if config.optimizer == "sgd" else math.sqrt(ratio))

@@ -1,11 +1,18 @@
-"""glibc's malloc, set for a training on the CPU and for the loader's worker processes."""
+"""Memory: glibc's malloc for a training on the CPU and for the loader's workers, and how much is in use."""
 
 import contextlib
 import ctypes
+import math
 import platform
+import sys
 from collections.abc import Iterator
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 MALLOC_OPTIONS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # the numbers of glibc's malloc.h
 MALLOC_DEFAULTS = {"trim_threshold": 128 * 2**10, "mmap_threshold": 128 * 2**10, "mmap_max": 65536}
@@ -37,3 +44,12 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
         yield
     finally:
         tune_malloc(**MALLOC_DEFAULTS)
+
+
+def memory_in_use(device: torch.device) -> float:
+    """GiB: the most that tensors have taken of the GPU, or else that this process has (NaN on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

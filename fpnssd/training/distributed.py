@@ -1,24 +1,35 @@
-"""Several processes as one training: what torchrun starts, and the few things they tell each other.
+"""Several processes as one training: those that torchrun starts, and what they exchange.
 
     torchrun --nproc-per-node 8 train.py
 
-Without torchrun there is one process, and each function here answers for it at once.
+Without torchrun there is one process, and each function here returns at once.
 """
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils import InputError
 
+T = TypeVar("T")
+
 
 @contextlib.contextmanager
-def init_distributed(device):
-    """Joins the processes that torchrun started, if it did; yields this process's device.
+def init_distributed(device: torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did.
 
-    device: what the user asked for; of several GPUs each process takes the one of its local rank.
+    Args:
+        device: what the user asked for.
+
+    Yields:
+        This process's device: of several GPUs the one of its local rank.
+
+    Raises:
+        InputError: if torchrun started more processes than this machine has GPUs.
     """
     if "RANK" not in os.environ:
         if device.type == "cuda":
@@ -26,58 +37,60 @@ def init_distributed(device):
         yield device
         return
     if device.type == "cuda":
-        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= there:
-            raise InputError(f"process {number} has no GPU: this machine has {there}; --nproc-per-node {there}")
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise InputError(f"process {number} has no GPU: this machine has {count}; --nproc-per-node {count}")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
-    # Only after all went well: a process that failed must end at once, so that torchrun ends the others.
+    # Only where no exception was raised: a process that fails must end at once, so that torchrun ends the others.
     dist.destroy_process_group()
 
 
-def rank():
+def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def num_processes():
+def num_processes() -> int:
+    """The number of processes of the training, on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
-    """Whether this process is the one that writes and prints."""
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
-def sum_over_processes(tensor):
-    """The sum of every process's tensor, on its device and without waiting for it."""
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensors of all processes, on the device and without waiting for it."""
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather(thing):
-    """Every process's thing in a list, in the main process; None in the others."""
+def gather(value: T) -> list[T] | None:
+    """The values of all processes, by rank; None in all but the main process."""
     if not dist.is_initialized():
-        return [thing]
-    things = [None] * num_processes() if is_main() else None
-    dist.gather_object(thing, things)
-    return things
+        return [value]
+    values: list | None = [None] * num_processes() if is_main() else None
+    dist.gather_object(value, values)
+    return values
 
 
-def broadcast(thing):
-    """The main process's thing, in every process."""
+def broadcast(value: T) -> T:
+    """The main process's value, in every process."""
     if not dist.is_initialized():
-        return thing
-    box = [thing]
-    dist.broadcast_object_list(box)
-    return box[0]
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
-def copy_from_main(tensors):
-    """Overwrites every process's tensors with the main one's."""
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrites the tensors of every process with those of the main one."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -1,21 +1,24 @@
-"""What of a network trains, how fast, and the running mean of its weights.
+"""What of a network is trained, the optimizer, the learning rate, the averaged weights, and fine-tuning from others.
 
-The learning rate of a step is that of the parameter's group times lr_factor(step).
+The learning rate of a step is that of the parameter's group (initial_lr) times lr_factor(step).
 """
 
-import copy
 import math
 import re
 
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpnssd.training.config import TrainConfig
+from model import FPNSSD
 from utils import InputError
 
 
-def backbone_stages(backbone):
-    """The backbone's modules as [stem, stage 1, stage 2, ...]; knows the names that timm's families give them."""
+def backbone_stages(backbone: nn.Module) -> list[list[nn.Module]]:
+    """The modules of a timm backbone as [stem, stage 1, stage 2, ...], by the names that timm's families give them."""
     stem, stages = [], []
     for name, child in backbone.named_children():
         if name in ("blocks", "stages"):
@@ -27,13 +30,16 @@ def backbone_stages(backbone):
     return [stem, *stages]
 
 
-def freeze(model, config):
-    """Takes frozen stages and batch norm out of training, for good; set_train_mode keeps them in evaluation mode."""
+def freeze(model: FPNSSD, config: TrainConfig) -> None:
+    """Freezes the parameters of config.frozen_stages, and with batch_norm "frozen" those of the backbone's batch norm.
+
+    Raises:
+        InputError: if the backbone has fewer stages, or they are not known.
+    """
     stages = backbone_stages(model.backbone)
-    if len(stages) == 1 and (config.frozen_stages >= 0 or config.backbone_lr_decay != 1):
+    if len(stages) == 1 and config.frozen_stages >= 0:
         raise InputError(
-            f"the stages of backbone {config.backbone!r} are not known: --set frozen_stages=-1 backbone_lr_decay=1.0 "
-            "treats all of it alike"
+            f"the stages of backbone {config.backbone!r} are not known: --set frozen_stages=-1 trains all of it"
         )
     if not -1 <= config.frozen_stages < len(stages):
         raise InputError(
@@ -49,53 +55,49 @@ def freeze(model, config):
                 module.requires_grad_(False)
 
 
-def synchronise_batch_norm(model):
-    """Batch norm over all processes' images in place of each one's own."""
+def synchronise_batch_norm(model: FPNSSD) -> None:
+    """Makes the backbone's batch norm use the images of all processes; parameters and buffers stay the same tensors."""
     model.backbone = convert_sync_batchnorm(model.backbone)
 
 
-def set_train_mode(model):
-    """Training mode but for batch norm whose factors are frozen: its statistics stay too."""
+def set_train_mode(model: FPNSSD) -> None:
+    """Training mode, except for frozen batch norm: its running statistics stay as they are too."""
     model.train()
     for module in model.backbone.modules():
         if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
             module.eval()
 
 
-def build_optimizer(model, config, lr):
-    """AdamW or SGD; lr is that of everything but the backbone.
+def build_optimizer(model: FPNSSD, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW or SGD over the parameters that are not frozen.
 
-    The backbone's is config.backbone_lr_scale times it, and config.backbone_lr_decay times less for each stage further
-    down. Weights decay; biases and norms do not. Fused: its kernels skip a step on the device (see train.train_step).
+    Args:
+        model: on its device.
+        config: optimizer, backbone_lr_scale, weight_decay, momentum.
+        lr: of all but the backbone, whose rate is backbone_lr_scale times it. Each group keeps its own in "initial_lr".
+
+    Returns:
+        The optimizer; weights decay, biases and norms do not.
     """
-    stages = backbone_stages(model.backbone)
-    depth_of = {id(p): k for k, modules in enumerate(stages[::-1]) for m in modules for p in m.parameters()}
-    groups = {}
+    groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor, depth = 1.0, None
-        if name.startswith("backbone."):
-            depth = depth_of.get(id(parameter), 0)
-            factor = config.backbone_lr_scale * config.backbone_lr_decay**depth
-        decays = parameter.dim() > 1
-        group = {"params": [], "lr": lr * factor, "initial_lr": lr * factor}
+        in_backbone, decays = name.startswith("backbone."), parameter.dim() > 1
+        group_lr = lr * (config.backbone_lr_scale if in_backbone else 1.0)
+        group = {"params": [], "lr": group_lr, "initial_lr": group_lr}
         group["weight_decay"] = config.weight_decay if decays else 0.0
-        groups.setdefault((depth, decays), group)["params"].append(parameter)  # the same groups for all rates
+        groups.setdefault((in_backbone, decays), group)["params"].append(parameter)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups.values(), lr=lr, fused=True)
-    optimizer = torch.optim.SGD(groups.values(), lr=lr, momentum=config.momentum, fused=True)
-    if config.momentum:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:  # a first step that is skipped would leave these without values
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return torch.optim.SGD(groups.values(), lr=lr, momentum=config.momentum, fused=True)
 
 
-def lr_factor(step, config, num_steps):
-    """Of the learning rate at a step: linear from near 0 to 1; then a cosine to 0, or SSD's steps by ten.
+def lr_factor(step: int, config: TrainConfig, num_steps: int) -> float:
+    """The learning rate of a step as a share of its initial value.
 
-    A training that is short beside warmup_steps warms up for a quarter of its steps.
+    Linear warm-up over warmup_steps, at most a quarter of the training; then a cosine to 0 (Loshchilov and Hutter,
+    arXiv:1608.03983), or a tenth after each milestone, as SSD.
     """
     warmup_steps = min(config.warmup_steps, num_steps // 4)
     if step < warmup_steps:
@@ -106,82 +108,72 @@ def lr_factor(step, config, num_steps):
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class EMA:
-    """The exponential moving average of a network's weights; what is evaluated and saved as "model".
+class EMA(ModelEmaV3):
+    """The exponential moving average of a network's weights and statistics, which is evaluated and saved as "model".
 
-    Its decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the start is soon forgotten.
+    `ema.update(model, step)` after step number `step`, counted from 0; `ema.module` is the averaged network. The decay
+    is min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
     """
 
-    def __init__(self, model, decay):
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = torch.zeros((), device=next(model.parameters()).device)
-        self.pairs = None
+    def __init__(self, model: FPNSSD, decay: float):
+        super().__init__(model, decay)
+        self.module.requires_grad_(False)
 
-    @torch.no_grad()
-    def update(self, model, good):
-        """good: () tensor, 1.0 or 0.0; with 0 nothing changes. The device is not waited for."""
-        weight = (1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)) * good
-        if self.pairs is None:  # the tensors stay where they are: looked up once
-            pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-            self.pairs = [[pair for pair in pairs if pair[0].is_floating_point() == floats] for floats in (True, False)]
-        ours, theirs = (list(tensors) for tensors in zip(*self.pairs[0], strict=True))
-        # As torch's optimizers do it: a few launches for all tensors together.
-        moved = torch._foreach_sub(theirs, ours)
-        torch._foreach_mul_(moved, weight)
-        torch._foreach_add_(ours, moved)
-        for counter, theirs in self.pairs[1]:  # of batch norm
-            counter.copy_(theirs)
-        self.updates += good
+    def get_decay(self, step: int | None = None) -> float:
+        return self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
 
 
-def batch_norm_buffers(model):
-    """The running statistics that a training forward pass changes."""
-    return [
-        buffer
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.training
-        for buffer in module.buffers()
-    ]
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
 
 
-def load_weights(model, other):
-    """Copies what fits of another FPNSSD into `model`; returns a sentence on what did not.
+@torch.no_grad()
+def load_weights(model: FPNSSD, other: FPNSSD) -> str:
+    """Copies the tensors of another detector that fit into `model`.
 
-    Class heads are taken class by class, by name, so that a detector of other classes keeps what it knows.
+    The class heads are copied class by class, by name, so that a detector of other classes keeps those in common.
+
+    Returns:
+        A sentence on what was copied and what was not.
     """
-    given, wanted = other.state_dict(), model.state_dict()
+    source, target = other.state_dict(), model.state_dict()
     names = ("background", *model.config.classes)
     rows = [("background", *other.config.classes).index(name) if name in other.config.classes else -1 for name in names]
     rows[0] = 0
     left_out = []
     if other.config.backbone != model.config.backbone:  # its tensors and pixel statistics go together
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(("backbone.", "pixel_"))}
-    for name, tensor in wanted.items():
-        source = given.get(name)
-        if source is not None and source.shape == tensor.shape and not name.startswith("class_heads."):
-            tensor.copy_(source)
-        elif source is not None and name.startswith("class_heads.") and _same_priors(name, model, other):
-            _copy_classes(tensor, source, rows)
+        source = {name: tensor for name, tensor in source.items() if not name.startswith(("backbone.", "pixel_"))}
+    for name, tensor in target.items():
+        given = source.get(name)
+        if given is not None and given.shape == tensor.shape and not name.startswith("class_heads."):
+            tensor.copy_(given)
+        elif given is not None and name.startswith("class_heads.") and _same_priors(name, model, other):
+            _copy_classes(tensor, given, rows)
         else:
             left_out.append(name)
     new = [name for name, row in zip(names, rows, strict=True) if row < 0]
     dropped = sorted(set(other.config.classes) - set(model.config.classes))
-    said = f"{len(wanted) - len(left_out)} of {len(wanted)} tensors taken"
-    said += f"; left out, not there or of another shape: {', '.join(left_out[:8])}" if left_out else ""
-    said += f"; new classes, learnt from scratch: {', '.join(new)}" if new else ""
-    return said + (f"; classes no longer asked for: {', '.join(dropped)}" if dropped else "")
+    summary = f"{len(target) - len(left_out)} of {len(target)} tensors copied"
+    summary += f"; left out, missing or of another shape: {', '.join(left_out[:8])}" if left_out else ""
+    summary += f"; new classes, trained from scratch: {', '.join(new)}" if new else ""
+    return summary + (f"; classes that are dropped: {', '.join(dropped)}" if dropped else "")
 
 
-def _same_priors(name, model, other):
+def _same_priors(name: str, model: FPNSSD, other: FPNSSD) -> bool:
     level = int(name.split(".")[1])
     same = model.config.priors_per_cell[level] == other.config.priors_per_cell[level]
     return same and model.config.fpn_channels == other.config.fpn_channels
 
 
-def _copy_classes(tensor, source, rows):
-    """A class head's (priors a cell * (C + 1), ...) with the classes of `rows`; -1 leaves the new one's own values."""
+def _copy_classes(tensor: torch.Tensor, source: torch.Tensor, rows: list[int]) -> None:
+    """Copies the classes of a class head.
+
+    Args:
+        tensor: (priors a cell * (C + 1), ...), written to.
+        source: the same of the other detector, with its number of classes.
+        rows: for each class of `tensor` its index in `source`; -1 leaves it as it is.
+    """
     kept = torch.tensor([row >= 0 for row in rows])
-    ours = tensor.view(-1, len(rows), *tensor.shape[1:])
-    theirs = source.view(len(ours), -1, *tensor.shape[1:])
-    ours[:, kept] = theirs[:, [row for row in rows if row >= 0]]
+    target = tensor.view(-1, len(rows), *tensor.shape[1:])
+    given = source.view(len(target), -1, *tensor.shape[1:])
+    target[:, kept] = given[:, [row for row in rows if row >= 0]]

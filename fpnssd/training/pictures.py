@@ -1,0 +1,81 @@
+"""What a training draws: the curves of its log, and detections in images of the evaluation list."""
+
+import csv
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fpnssd.data.data_list import DataList, evenly_spaced
+from fpnssd.inference.detector import Detections
+from fpnssd.inference.draw import annotate
+from model import above_score
+from utils import InputError, atomic_write
+
+VAL_IMAGES = 8
+VAL_MIN_SCORE = 0.25  # lower than in detect.py: detections appear earlier in the training
+
+
+def draw_detections(data_list: DataList, detections: list[dict[str, torch.Tensor]], side: int = 300) -> Image.Image:
+    """VAL_IMAGES images of a list, evenly spaced, with their detections; `side` is that of one, in pixels."""
+    rows = evenly_spaced(len(data_list), VAL_IMAGES)
+    grid = Image.new("RGB", (4 * side, math.ceil(len(rows) / 4) * side))
+    for place, index in enumerate(rows):
+        kept = above_score(detections[index]["scores"], VAL_MIN_SCORE)
+        boxes, scores, labels = (detections[index][name][kept] for name in ("boxes", "scores", "labels"))
+        height, width = data_list.sizes[index].tolist()
+        boxes = boxes * side / torch.tensor([width, height, width, height])
+        names = [data_list.classes[label - 1] for label in labels.tolist()]
+        image = data_list.read_image(index).resize((side, side))
+        picture = annotate(image, Detections(boxes, scores, labels, names, (side, side)))
+        grid.paste(picture, (place % 4 * side, place // 4 * side))
+    return grid
+
+
+def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
+    """A log.csv as {column: (epochs, values)}, without the rows in which the column is empty.
+
+    Raises:
+        InputError: if it has no row with an epoch.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "epoch" not in rows[0]:
+        raise InputError(f"{path} is not the log of a training: it has no row with an epoch")
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        for name, text in row.items():
+            try:
+                value, epoch = float(text), float(row["epoch"])
+            except (TypeError, ValueError):
+                continue  # empty: not evaluated after this epoch
+            epochs, values = columns.setdefault(name, ([], []))
+            epochs.append(epoch)
+            values.append(value)
+    return columns
+
+
+def draw_curves(log: str | Path, path: str | Path) -> None:
+    """Writes a PNG of the losses, scores in percent and learning rate over the epochs of a log.csv."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    losses, scores, rate = figure.subplots(1, 3)
+    for name, (epochs, values) in read_log(log).items():
+        marker = "o" if len(epochs) < 30 else None
+        if name.startswith("loss_"):
+            losses.plot(epochs, values, marker=marker, markersize=3, label=name.removeprefix("loss_"))
+        elif name in ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50", "coco_ap75"):
+            scores.plot(epochs, [100 * value for value in values], marker=marker, markersize=3, label=name)
+        elif name == "lr":
+            rate.plot(epochs, values, label="at the end of the epoch")
+    losses.set(title="training loss", ylabel="mean of the epoch")
+    scores.set(title="scores on the evaluation list", ylabel="AP, percent")
+    rate.set(title="learning rate (of all but the backbone)")
+    for axis in (losses, scores, rate):
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

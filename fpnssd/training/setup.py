@@ -1,0 +1,138 @@
+"""What a training is made of: data lists, loader, network; and the settings it prints."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import DetectionDataset, EpochSampler, balanced_weights, make_loader
+from fpnssd.data.data_list import DataList
+from fpnssd.data.images import DataError
+from fpnssd.data.pixel_cache import PixelCache
+from fpnssd.evaluation.predict import check_same_classes
+from fpnssd.model_config import ModelConfig, ssd_prior_shapes
+from fpnssd.training import distributed
+from fpnssd.training.config import TrainConfig, scaled_lr
+from fpnssd.training.loss import MultiBoxLoss
+from fpnssd.training.optim import load_weights
+from model import FPNSSD, load_checkpoint
+
+Lists = tuple[DataList, DataList]  # training and evaluation list
+
+
+def load_lists(config: TrainConfig) -> Lists:
+    """The training list and the evaluation list.
+
+    Raises:
+        DataError: if their classes differ, or the training list has too few images or no objects.
+    """
+    data, images = Path(config.data), config.images or None
+    train_list = DataList.load(data / f"{config.train_split}.json", images)
+    val_list = DataList.load(data / f"{config.val_split}.json", images)
+    check_same_classes(train_list.classes, val_list, train_list.path)
+    if len(train_list) < distributed.num_processes():
+        raise DataError(f"{train_list.path} has {len(train_list)} images, too few to train on")
+    if train_list.crowd.all():
+        raise DataError(f"{train_list.path} has no objects but crowds: a network would learn background alone from it")
+    return train_list, val_list
+
+
+def make_train_loader(
+    config: TrainConfig, train_list: DataList, batch_size: int, epoch_images: int, pin_memory: bool
+) -> DataLoader:
+    """Augmented batches of this process; an epoch has epoch_images images over all processes."""
+    cache = PixelCache.build(train_list, config.cache_side) if config.cache == "disk" else None
+    dataset = DetectionDataset(train_list, config.image_size, config.augment, config.seed, cache, config.epochs)
+    weights = balanced_weights(train_list, config.class_balance) if config.class_balance else None
+    rank, count = distributed.rank(), distributed.num_processes()
+    sampler = EpochSampler(len(dataset), config.seed, weights, rank, count, limit=epoch_images)
+    return make_loader(dataset, batch_size, sampler, config.workers, pin_memory)
+
+
+def make_model(config: TrainConfig, train_list: DataList, resume: bool) -> FPNSSD:
+    """The network with its initial weights: of the backbone, and with config.weights of another detector."""
+    torch.manual_seed(config.seed)
+    # A run that is resumed has its weights, and so has one that starts from a detector of the same backbone.
+    other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
+    has_backbone = resume or (other is not None and other.config.backbone == config.backbone)
+    shape = {
+        "fpn_channels": config.fpn_channels,
+        "prior_shapes": ssd_prior_shapes(config.scales),
+        "category_ids": tuple(train_list.category_ids),
+    }
+    model_config = ModelConfig(train_list.classes, config.backbone, config.image_size, **shape)
+    model = FPNSSD(model_config, "none" if has_backbone else config.backbone_weights)
+    if config.class_loss != "ohem":
+        model.init_class_bias(0.99)
+    if other is not None:
+        summary = load_weights(model, other)
+        if distributed.is_main():
+            print(f"{config.weights}: {summary}")
+    return model
+
+
+def make_loss(config: TrainConfig, model: FPNSSD) -> MultiBoxLoss:
+    """Matching and losses of a configuration, for the priors of a network."""
+    return MultiBoxLoss(
+        model.priors, model.level_counts, config.matching, config.box_loss, config.class_loss,
+        negative_ratio=config.negative_ratio, min_negatives=config.min_negatives,
+        difficult_positive=config.difficult_positive,
+    )  # fmt: skip
+
+
+def format_settings(
+    config: TrainConfig, device: torch.device, model: FPNSSD, lists: Lists, sizes: tuple[int, int]
+) -> str:
+    """What a training starts with, as text.
+
+    Args:
+        lists: training and evaluation list.
+        sizes: images of one forward pass of a process, and passes a step.
+    """
+    count, step_images = distributed.num_processes(), math.prod(sizes) * distributed.num_processes()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    tf32 = " with tf32" if device.type == "cuda" and config.tf32 else ""
+    lines = [
+        f"runs/{config.name}: {config.backbone}, {num_parameters / 1e6:.1f} M parameters, {len(lists[0])} images for "
+        f"training, {len(lists[1])} for evaluation, {len(lists[0].classes)} classes; {count} x {device.type}, "
+        f"{config.precision}{tf32}",
+        f"{config.epochs} epochs of {len(lists[0]) // step_images} steps of {step_images} images ({sizes[0]} x {count} "
+        f"processes x {sizes[1]} accumulated), lr {scaled_lr(config, step_images):g} (lr {config.lr:g} is for "
+        f"{config.nominal_batch})",
+        "; ".join(f"{name} {value}" for name, value in asdict(config).items()),
+    ]
+    augment = config.augment
+    if (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
+        lines.append(
+            f"note: no mosaic and no copy-paste: the last {augment.close_epochs} epochs (close_epochs) have none"
+        )
+    return "\n".join(lines)
+
+
+def format_epoch(row: dict, epochs: int) -> str:
+    """One line on an epoch's row of the log."""
+    losses = [f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
+    text = f"epoch {row['epoch']}/{epochs}: {', '.join(losses)}, {row['images_per_s']:.1f} images/s, "
+    text += f"{row['share_waiting']:.0%} of the time waiting for data"
+    if "voc2007_ap50" in row:
+        scores = {name: row[name] for name in ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")}
+        text += "; " + ", ".join(f"{n} {'none' if v is None else f'{v:.3f}'}" for n, v in scores.items())
+    return text
+
+
+def grouped(batches: Iterable[dict], count: int) -> Iterator[list[dict]]:
+    """The batches in lists of `count`."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, count)):
+        yield group
+
+
+def to_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a step needs of a batch, copied without waiting."""
+    tensors = {k: batch[k].to(device, non_blocking=True) for k in ("boxes_norm", "labels", "difficult", "crowd")}
+    image = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    return {**tensors, "image": image}
