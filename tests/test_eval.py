@@ -109,7 +109,8 @@ def test_bad_detections_are_refused(checkpoint, drawn, tmp_path):
 def test_a_list_without_objects_has_no_numbers(checkpoint, drawn, tmp_path, capsys):
     content = json.loads((drawn / "val.json").read_text())
     (tmp_path / "test.json").write_text(json.dumps({**content, "annotations": []}))
-    main([str(checkpoint), "--data", str(tmp_path), "--split", "test", "--voc-files", str(tmp_path), "--workers", "0"])
+    images = ["--images", str(drawn / "voc" / "JPEGImages"), "--workers", "0"]
+    main([str(checkpoint), "--data", str(tmp_path), "--split", "test", "--voc-files", str(tmp_path), *images])
     assert "nothing to score against" in capsys.readouterr().out
     assert (tmp_path / "comp4_det_test_star.txt").is_file()
 
