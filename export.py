@@ -14,7 +14,6 @@ configuration, and need the extra `deploy`: pip install -e '.[deploy]'
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from model import (
     DETECTION,
     EVALUATION,
     FPNSSD,
+    MAX_SIDE_OFFSET,
     SIDE_VARIANCE,
     decode_offsets,
     load_checkpoint,
@@ -45,7 +45,6 @@ from model import (
 from utils import InputError, atomic_write, check_outputs, error_message, hash_file, whole_number
 
 CALIBRATION_IMAGES = 300
-MAX_SIDE_OFFSET = math.log(1000 / 16)
 KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 

@@ -1,7 +1,7 @@
 """How fast samples are made, beside torchvision's SSD transforms, in one run on one core.
 
-    python benchmarks/data.py data/vocreal/train.json
-    python benchmarks/data.py                          # drawn images of 500 x 375, if there are no photographs
+    python -m benchmarks.data data/vocreal/train.json
+    python -m benchmarks.data                          # drawn images of 500 x 375, if there are no photographs
 
 Three ways from a JPEG file to a finished uint8 sample of 300 x 300 with its boxes take turns on the same images: ours,
 ours from the pixel cache, and torchvision's v2 transforms (photometric distort, zoom-out, IoU crop, flip, resize,
@@ -12,7 +12,6 @@ loader's speed with 1 and 2 workers, the cores that 1,500 images/s would take, a
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +22,6 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets import DetectionDataset, EpochSampler, make_loader
 from fpnssd.data.augment import FILL, AugmentConfig, change_colour, sample_colour_matrix

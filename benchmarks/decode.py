@@ -1,6 +1,6 @@
 """Decoding an untrained network's answer, beside torchvision's SSD post-processing of the same scores.
 
-    python benchmarks/decode.py
+    python -m benchmarks.decode
 
 An untrained network is the worst case: nearly every (prior, class) pair is above the score threshold. torchvision keeps
 the best 400 of each class before suppression, which can change the answer; ours gives the answer without any cap.
@@ -8,15 +8,11 @@ the best 400 of each class before suppression, which can change the answer; ours
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import FPNSSD, ModelConfig, postprocess
 

@@ -1,7 +1,7 @@
 """How long an answer takes on a CPU: exported beside eager, by backbone, beside peers, and from the command line.
 
-    python benchmarks/inference.py                       # networks with random weights: only time is looked at
-    python benchmarks/inference.py --data data/vocreal   # OpenVINO in 8 bits too, calibrated on its training list
+    python -m benchmarks.inference                       # networks with random weights: only time is looked at
+    python -m benchmarks.inference --data data/vocreal   # OpenVINO in 8 bits too, calibrated on its training list
 
 Ways of running one network take turns in one run, and medians are printed, so that ratios hold on a noisy machine.
 Times are a picture's, of the network alone: uint8 squares in, offsets and logits out; of torchvision's detectors the
@@ -22,8 +22,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from export import export_onnx, export_openvino
 from fpnssd.data.voc import VOC_CLASSES

@@ -1,7 +1,7 @@
 """What workers hold in memory: a pixel cache of a gigabyte and more, and a list of a million images.
 
-    python benchmarks/memory.py cache
-    python benchmarks/memory.py scale --images 1000000
+    python -m benchmarks.memory cache
+    python -m benchmarks.memory scale --images 1000000
 
 Private memory is Private_Clean + Private_Dirty of /proc/PID/smaps_rollup: what this process alone holds. Linux only.
 """
@@ -17,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets import DetectionDataset, EpochSampler, make_loader
 from fpnssd.data.augment import AugmentConfig
@@ -108,7 +106,7 @@ def measure_scale(folder, count):
     path = write_list(folder, count, objects=5)
     report = {"JSON, MB": path.stat().st_size / MB}
     for start in ("cold", "warm"):
-        command = [sys.executable, __file__, "load", "--list", str(path)]
+        command = [sys.executable, "-m", "benchmarks.memory", "load", "--list", str(path)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         report |= {f"{start}: {name}": value for name, value in json.loads(done.stdout).items()}
     arrays = path.with_suffix(".arrays")  # small lists are parsed each time

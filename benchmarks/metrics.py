@@ -1,12 +1,12 @@
 """How long scoring takes at the size of VOC2007 test: 4,952 images, 14,976 objects, 200 detections an image.
 
-    python benchmarks/metrics.py ../shared/voc_lists
-    python benchmarks/metrics.py                        # drawn objects, as many, if the lists are not there
+    python -m benchmarks.metrics ../shared/voc_lists
+    python -m benchmarks.metrics                        # drawn objects, as many, if the lists are not there
 
 Detections are simulated: some near objects, most anywhere. In one run: both VOC protocols over all classes against the
 usual loop over detections in Python, COCO's twelve numbers against pycocotools, and five times the size against one.
 
-    python benchmarks/metrics.py ../shared/voc_lists --coverage 150     # images of a list
+    python -m benchmarks.metrics ../shared/voc_lists --coverage 150     # images of a list
 
 asks instead how often the 95 % intervals of small lists hold the AP of the large one that they are drawn from.
 """
@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fpnssd.data.data_list import DataList, Strings
 from fpnssd.evaluation import intervals, metrics
@@ -49,7 +47,7 @@ def main(argv=None):
         return
     measured = {}
     for part in ("voc", "voc x 5"):
-        command = [sys.executable, __file__, "--part", part, *([args.lists] if args.lists else [])]
+        command = [sys.executable, "-m", "benchmarks.metrics", "--part", part, *([args.lists] if args.lists else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         measured[part] = json.loads(done.stdout)
         print(f"{part:8} {measured[part]['detections']:9,} detections: {measured[part]['seconds']:6.2f} s, ", end="")

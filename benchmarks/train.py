@@ -1,7 +1,7 @@
 """A training step, beside the same step in eager fp32 with contiguous tensors; and what of an epoch is waiting.
 
-    python benchmarks/train.py --data data/vocreal                     # a CPU: ResNet-50, batch 16
-    python benchmarks/train.py --data data/vocreal --gpu               # batches 32 to 256, with and without compile
+    python -m benchmarks.train --data data/vocreal                     # a CPU: ResNet-50, batch 16
+    python -m benchmarks.train --data data/vocreal --gpu               # batches 32 to 256, with and without compile
 
 Both steps do the same work on the same images, in turns, in one run. On a GPU, steps that do not log run with
 torch.cuda.set_sync_debug_mode("error"), so that one which waits for the device fails.
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -19,8 +18,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train as train_module
 from fpnssd.training.config import PRESETS

@@ -1,8 +1,6 @@
 """What several test files build on: where the real photographs are, and a small data set drawn once."""
 
-import importlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,6 @@ from fpnssd.data.voc import read_voc
 
 CHROMIUM = "/usr/bin/chromium"
 SHARED = Path(os.environ.get("FPNSSD_SHARED", Path(__file__).parents[2] / "shared"))
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a script of benchmarks/ by its name."""
-    folder = Path(__file__).parents[1] / "benchmarks"
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])  # last: some of its names are ours too
-    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import experiments.accuracy
+
 ROOT = Path(__file__).parents[1]
 NAMES = {
     "train": [*(f"2008_{k:06d}.jpg" for k in range(6)), "000005.jpg", "000007.jpg", "coco_1.jpg", "coco_2.jpg"],
@@ -17,10 +19,9 @@ NAMES = {
 
 
 @pytest.fixture
-def accuracy(benchmark, monkeypatch):
-    module = benchmark("accuracy")
-    monkeypatch.setattr(module, "SCREENING_IMAGES", 3)
-    return module
+def accuracy(monkeypatch):
+    monkeypatch.setattr(experiments.accuracy, "SCREENING_IMAGES", 3)
+    return experiments.accuracy
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """What benchmarks/memory.py measures, held to its limits."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import memory
+from benchmarks import memory
 
 pytestmark = [
     pytest.mark.long,

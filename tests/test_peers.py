@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
+import experiments.peers
 from fpnssd.data.data_list import DataList
 from fpnssd.training.config import lite
 
@@ -15,8 +16,8 @@ NAMES = ("torchvision_ssd", "torchvision_retinanet", "torchvision_fcos")
 
 
 @pytest.fixture
-def peers(benchmark):
-    return benchmark("peers")
+def peers():
+    return experiments.peers
 
 
 @pytest.fixture

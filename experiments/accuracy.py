@@ -1,11 +1,11 @@
 """Which recipe finds more on VOCreal: named variants of the lite preset, trained and scored alike.
 
-    python benchmarks/accuracy.py screen base giou atss                  # 12 epochs, seed 0, on the screening split
-    python benchmarks/accuracy.py screen copy_paste+giou                 # two together
-    python benchmarks/accuracy.py confirm base atss --seeds 0 1 2        # 24 epochs, on val
-    python benchmarks/accuracy.py screen torchvision_fcos+half_lr        # a peer on the same ground (see peers.py)
-    python benchmarks/accuracy.py table screen                           # differences to base, with paired intervals
-    python benchmarks/accuracy.py table screen --seeds 0                 # of one seed's runs alone
+    python -m experiments.accuracy screen base giou atss                  # 12 epochs, seed 0, on the screening split
+    python -m experiments.accuracy screen copy_paste+giou                 # two together
+    python -m experiments.accuracy confirm base atss --seeds 0 1 2        # 24 epochs, on val
+    python -m experiments.accuracy screen torchvision_fcos+half_lr        # a peer on the same ground (see peers.py)
+    python -m experiments.accuracy table screen                           # differences to base, with paired intervals
+    python -m experiments.accuracy table screen --seeds 0                 # of one seed's runs alone
 
 `screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
 read by `confirm`, once a run, after the last epoch. Every run is kept in runs/accuracy_STAGE_VARIANT_SEED_EPOCHS_HASH
@@ -34,10 +34,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from peers import PEERS, train_peer
-
+from experiments.peers import PEERS, train_peer
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.evaluation import intervals
@@ -107,7 +104,7 @@ SHARED_WITH_PEERS = (
 EPOCHS = {"screen": 12, "confirm": 24}
 SCREENING_IMAGES = 200
 RESAMPLES = 4_000  # of a comparison; with 1,000 the ends of intervals move by a tenth of a point
-RESULTS = "benchmarks/accuracy.csv"
+RESULTS = "experiments/accuracy.csv"
 DEFAULTS = Path(__file__).with_name("accuracy_defaults.json")
 SCORES = (
     "voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50", "coco_ap75", "coco_ap_small", "coco_ap_medium",
