@@ -231,7 +231,7 @@ def _start_worker(_: int) -> None:
 
 
 def make_loader(
-    dataset: DetectionDataset,
+    dataset: Dataset,
     batch_size: int,
     epoch_sampler: EpochSampler | None = None,
     workers: int = 0,

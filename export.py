@@ -329,7 +329,10 @@ def compare_decoding(original: Detector, path: Path, images: torch.Tensor, top_k
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     same = 0
     for image in images:
-        thresholds = {"min_score": np.float32([min_score]), "max_overlap": np.float32([max_overlap])}
+        thresholds = {
+            "min_score": np.array([min_score], dtype=np.float32),
+            "max_overlap": np.array([max_overlap], dtype=np.float32),
+        }
         boxes, _, labels, count = session.run(None, {"images": image[None].numpy(), **thresholds})
         (expected,) = postprocess(
             *original.forward(image[None]), original.priors, [(1, 1)], min_score, max_overlap, top_k
