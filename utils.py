@@ -163,8 +163,8 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[str]:
     """
     path = Path(path)
     if (descriptor := _open_descriptor(path)) is not None or is_special(path):
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = os.path.join(folder, "content")
+        with tempfile.TemporaryDirectory() as scratch:
+            temporary = os.path.join(scratch, "content")
             Path(temporary).touch()
             yield temporary
             sys.stdout.flush()  # /dev/stdout: after what was printed

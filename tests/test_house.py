@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"app", "create_data_lists", "detect", "eval", "export", "train", "hubconf", "bulk_detect"}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "fpnssd").rglob("*.py")])
@@ -65,3 +67,20 @@ def test_no_two_modules_import_each_other():
 
     for name in graph:
         visit(name)
+
+
+OPTIONAL = {
+    "av", "cv2", "matplotlib", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "pillow_heif", "pyarrow", "ray",
+    "skimage", "supervision", "torch.utils.tensorboard",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_inside_of_functions_are_of_optional_packages(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for node in (node for function in functions for node in ast.walk(function)):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for module in imported:
+            assert {module, module.partition(".")[0]} & OPTIONAL, f"{name} imports {module} on line {node.lineno}"
