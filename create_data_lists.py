@@ -152,7 +152,7 @@ def create_data_lists(
     for split in splits:
         check_losses(split, unlabelled, allow_loss)
         check_units(split)
-    serious = Counter()
+    serious: Counter[str] = Counter()
     for row in report["problems"]:
         if row["kind"] not in NOTED:
             serious[row["kind"]] += row["count"]
@@ -275,9 +275,11 @@ def choose_classes(
         if absent:
             print(f"note: {class_file} names {', '.join(absent)}, of which the data has no object", file=sys.stderr)
         ids = [next((known[part] for part in parts if known and part in known), None) for parts in joined.values()]
-        ids = tuple(range(1, len(ids) + 1)) if None in ids or len(set(ids)) < len(ids) else tuple(ids)
+        whole = tuple(one for one in ids if one is not None)
+        if len(set(whole)) < len(ids):
+            whole = tuple(range(1, len(ids) + 1))
         print(f"classes: the {len(joined)} of --classes {class_file}")
-        return Classes(tuple(joined), ids, {part: name for name, parts in joined.items() for part in parts})
+        return Classes(tuple(joined), whole, {part: name for name, parts in joined.items() for part in parts})
     if known:
         print(f"classes: the {len(known)} that the data set names")
         return Classes(tuple(known), tuple(known.values()), {name: name for name in known})
@@ -313,7 +315,7 @@ def read_class_file(path: Path) -> dict[str, list[str]]:
     Raises:
         DataError: the file names no class or one twice, or a name cannot be written to lists and XML.
     """
-    joined = defaultdict(list)
+    joined: defaultdict[str, list[str]] = defaultdict(list)
     lines = read_lines(path)
     for line in lines:
         name, joins, parts = line.partition("=")
@@ -337,7 +339,8 @@ def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
         classes: of the lists.
         out: the folder of the list.
     """
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     id_of = dict(zip(classes.names, classes.ids, strict=True))
     for number, image in enumerate(split.images, start=1):
         image_id = number if image.image_id is None else image.image_id

@@ -185,10 +185,10 @@ def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
     (tmp_path / "x.arrays").write_bytes(b"rubbish")
     assert len(DataList.load(path).boxes) == 1
     monkeypatch.setattr(
-        "fpnssd.data.data_list.ARRAYS_VERSION", 3
+        "fpnssd.data.data_list.ARRAYS_VERSION", 4
     )  # a file of the version before is of no use to this one
     monkeypatch.setattr(DataList, "_from_arrays", lambda path, images, arrays_file: torch.load(arrays_file)["version"])
-    assert DataList.load(path) == 3
+    assert DataList.load(path) == 4
     (tmp_path / "x.arrays").unlink()
     (tmp_path / "x.arrays").mkdir()  # where no file can be written
     assert len(DataList.load(path, images="/photos").boxes) == 1

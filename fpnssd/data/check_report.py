@@ -32,7 +32,7 @@ def describe_splits(splits: Sequence[Split], classes: Sequence[str], image_size:
         classes: names in label order.
         image_size: of the network, in pixels.
     """
-    report = {"image_size": image_size, "splits": {}, "problems": []}
+    report: Report = {"image_size": image_size, "splits": {}, "problems": []}
     for split in splits:
         objects = [one for image in split.images for one in image.objects]
         counts = Counter(one.name for one in objects)

@@ -189,7 +189,8 @@ def check_objects(
     """Returns the objects of an image of `size` (height, width) that can be used, boxes in pixels and clipped; and
     (kind, text) of each problem."""
     height, width = size
-    kept, problems, seen = [], [], {}
+    kept, problems = [], []
+    seen: dict[Box, list[str]] = {}  # box -> the classes of the objects that have it
     for one in record.objects:
         text = f"{one.name} {one.text or one.box} in {width}x{height}"
         box = tuple(c * s for c, s in zip(one.box, (width, height) * 2, strict=True)) if record.normalized else one.box
@@ -229,7 +230,8 @@ def check_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str | None]:
     clipped = (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         return None, "box outside the image"
-    corner, sides = np.float32(clipped[:2]), np.float32([clipped[2] - clipped[0], clipped[3] - clipped[1]])
+    corner = np.array(clipped[:2], np.float32)
+    sides = np.array((clipped[2] - clipped[0], clipped[3] - clipped[1]), np.float32)
     if (corner + sides <= corner).any():  # a list's boxes are x, y, width, height, read as float32
         return None, "box empty"
     # Rounding in the annotation is no problem.
@@ -255,7 +257,8 @@ def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapp
     finished: list[Split] = []
     later: dict[bytes, str] = {}  # digest of an image -> its place, in the splits behind
     for split in reversed(splits):
-        images, problems, seen = [], list(split.problems), {}
+        images, problems = [], list(split.problems)
+        seen: dict[bytes, str] = {}
         for image in split.images:
             if image.digest in later:
                 sentence = f"{split.name}'s {image.file_name} is {later[image.digest]}"
@@ -274,10 +277,9 @@ def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapp
                     problems.append(Problem("object twice", sentence))
                 else:
                     objects[sources[one.name], one.box] = one._replace(name=sources[one.name])
-            objects = list(objects.values())
             if not objects:
                 problems.append(Problem("image without objects", image.file_name))
-            images.append(replace(image, objects=objects))
+            images.append(replace(image, objects=list(objects.values())))
         there = {one.name for image in images for one in image.objects}
         problems += [Problem("class without objects", name) for name in classes if name not in there]
         later |= {digest: f"{split.name}'s {file_name}" for digest, file_name in seen.items()}

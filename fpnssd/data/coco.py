@@ -105,7 +105,7 @@ def read_coco(
         raise DataError(f"--coco has {len(files)} files for {len(names)} --splits: name one for each")
     if image_folders and len(image_folders) not in (1, len(files)):
         raise DataError(f"--images has {len(image_folders)} folders for {len(files)} files: name one, or one for each")
-    folders = list(image_folders or [None])
+    folders: list[str | Path | None] = [*image_folders] if image_folders else [None]
     if len(folders) == 1:
         folders *= len(files)
     read = [
@@ -290,6 +290,7 @@ def find_image_root(path: Path, split: str, image_root: object, records: Sequenc
 def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> RawObject | None:
     """The object of an annotation, None where it has no box; what is wrong is appended to `problems`."""
     box, segmentation = entry.get("bbox"), entry.get("segmentation")
+    edges: tuple[float, float, float, float] | None
     try:
         x, y, width, height = (parse_number(edge) for edge in (box if isinstance(box, list) else ()))
         edges = (x, y, x + width, y + height)

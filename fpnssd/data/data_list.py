@@ -4,38 +4,40 @@ import hashlib
 import json
 import pickle
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fpnssd.data.annotations import parse_flag
 from fpnssd.data.coco import read_coco_json
 from fpnssd.data.images import DataError, read_image
 from utils import atomic_write, hash_file
 
-ARRAYS_VERSION = 2  # of the fields that such a file holds (see DataList)
+ARRAYS_VERSION = 3  # of the fields that such a file holds (see DataList)
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
 
 
 class Strings:
     """A list of strings as two arrays: worker processes share these, where each would copy a list of str."""
 
-    def __init__(self, data, ends):
+    def __init__(self, data: np.ndarray, ends: np.ndarray):
         self.data, self.ends = data, ends  # uint8 (bytes,), UTF-8; int64 (n,)
 
     @classmethod
-    def of(cls, strings):
+    def of(cls, strings: Iterable[str]) -> "Strings":
         encoded = [string.encode("utf-8") for string in strings]
         ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index > 0 else 0
         return self.data[start : self.ends[index]].tobytes().decode("utf-8")
 
@@ -46,10 +48,10 @@ class DataList:
 
     path: str
     image_root: Path
-    classes: tuple  # names of labels 1..C
-    category_ids: tuple  # their ids in the file
+    classes: tuple[str, ...]  # names of labels 1..C
+    category_ids: tuple[int, ...]  # their ids in the file
     file_names: Strings  # relative to image_root
-    image_ids: np.ndarray  # (images,) int64; Strings where the file has other ids than integers
+    image_ids: np.ndarray | Strings  # (images,) int64; Strings where the file has other ids than integers
     sizes: np.ndarray  # (images, 2) int32, height and width
     apply_exif: np.ndarray  # (images,) bool: sizes and boxes are those of the image turned by its EXIF orientation
     first: np.ndarray  # (images + 1,) int64
@@ -61,22 +63,23 @@ class DataList:
     truncated: np.ndarray | None = None  # (objects,) int8: 1, 0, or -1 where it is not known; None if it never is
     arrays_file: Path | None = None  # where the arrays are mapped from, if they are
 
-    def __len__(self):
+    def __len__(self) -> int:
+        """Number of images."""
         return len(self.sizes)
 
     @property
-    def object_images(self):
-        """(objects,): the row of each object's image."""
+    def object_images(self) -> np.ndarray:
+        """(objects,) int64: the row of each object's image."""
         return np.repeat(np.arange(len(self)), np.diff(self.first))
 
     @property
-    def counted(self):
-        """(objects,) bool: neither difficult nor a crowd, so that finding it counts and missing it too."""
+    def counted(self) -> np.ndarray:
+        """(objects,) bool: neither difficult nor a crowd, so that it counts in metrics."""
         return ~(self.difficult | self.crowd)
 
     @property
-    def object_areas(self):
-        """(objects,) square pixels: the file's own, as those of COCO's outlines, or the boxes'."""
+    def object_areas(self) -> np.ndarray:
+        """(objects,) square pixels: those of the file, which in COCO are the outlines', or the boxes'."""
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         return sides.prod(axis=1) if self.areas is None else self.areas
 
@@ -98,13 +101,18 @@ class DataList:
                 digest.update(np.ascontiguousarray(array, dtype))
         return digest.hexdigest()
 
-    def image_id(self, index):
-        """As the file has it: an int, or a string."""
+    def image_id(self, index: int) -> int | str:
+        """The image's id in the file."""
         image_id = self.image_ids[index]
         return image_id if isinstance(image_id, str) else int(image_id)
 
-    def target(self, index):
-        """dict of boxes (n, 4), labels, difficult, crowd (n,), image_id, size (h, w), as numpy arrays."""
+    def target(self, index: int) -> dict[str, Any]:
+        """The ground truth of an image.
+
+        Returns:
+            boxes (n, 4) float32, xyxy in pixels; labels (n,) int64, 1..C; difficult and crowd (n,) bool; image_id; and
+            size (height, width) in pixels.
+        """
         rows = slice(self.first[index], self.first[index + 1])
         return {
             "boxes": self.boxes[rows],
@@ -115,11 +123,15 @@ class DataList:
             "size": tuple(self.sizes[index].tolist()),
         }
 
-    def image_path(self, index):
+    def image_path(self, index: int) -> Path:
         return self.image_root / self.file_names[index]
 
-    def read_image(self, index):
-        """The whole image as PIL's, RGB, of the size that the list says; DataError otherwise."""
+    def read_image(self, index: int) -> Image.Image:
+        """Decodes an image as RGB, turned by its EXIF orientation if the list says so.
+
+        Raises:
+            DataError: it is missing, damaged, or of another size than the list says.
+        """
         path, (height, width) = self.image_path(index), self.sizes[index]
         try:
             image = read_image(path, self.apply_exif[index])
@@ -134,30 +146,37 @@ class DataList:
         return image
 
     @classmethod
-    def load(cls, path, images=None):
-        """Reads a list as create_data_lists.py writes it; images: overrides info.image_root.
+    def load(cls, path: str | Path, images: str | Path | None = None) -> "DataList":
+        """Reads a list as create_data_lists.py writes it.
 
-        A large list's arrays are kept in a file beside it, which the next loads map into memory instead of reading the
-        JSON. DataError names what is wrong: no COCO JSON, an id that is unknown or there twice, a box that is empty or
-        leaves its image.
+        A large list's arrays are kept in a file beside it, which later calls map into memory instead of reading the
+        JSON: parsing a million images takes gigabytes, and worker processes share what is mapped.
+
+        Args:
+            path: the COCO JSON file.
+            images: the images' folder, in place of info.image_root.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            DataError: it is no COCO JSON, an id is unknown or there twice, a box is empty or leaves its image.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
         if path.stat().st_size < ARRAYS_FROM:
             return cls._from_json(path, images)
-        arrays_file, content_hash = path.with_suffix(".arrays"), hash_file(path)
-        if _stored_hash(arrays_file) != content_hash:
+        arrays_file, file_hash = path.with_suffix(".arrays"), hash_file(path)
+        if _stored_hash(arrays_file) != file_hash:
             data_list = cls._from_json(path)
             try:
-                data_list._write_arrays(arrays_file, content_hash)
+                data_list._write_arrays(arrays_file, file_hash)
             except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
                 print(f"note: cannot write {arrays_file} ({error}): {path} is parsed each time", file=sys.stderr)
                 return replace(data_list, image_root=Path(images)) if images else data_list
         return cls._from_arrays(path, images, arrays_file)
 
     @classmethod
-    def _from_json(cls, path, images=None):
+    def _from_json(cls, path: Path, images: str | Path | None = None) -> "DataList":
         try:
             return cls.from_coco(path, read_coco_json(path), images)
         except DataError:
@@ -235,9 +254,9 @@ class DataList:
             truncated=truncated if (truncated >= 0).any() else None,
         )
 
-    def _write_arrays(self, arrays_file, content_hash):
+    def _write_arrays(self, arrays_file: Path, file_hash: str) -> None:
         root, beside = self.image_root, arrays_file.parent
-        content = {"version": ARRAYS_VERSION, "content_hash": content_hash}
+        content = {"version": ARRAYS_VERSION, "file_hash": file_hash}
         content["image_root"] = str(root.relative_to(beside) if root.is_relative_to(beside) else root)
         content |= {"classes": list(self.classes), "category_ids": list(self.category_ids)}
         for name, value in vars(self).items():
@@ -249,7 +268,7 @@ class DataList:
             torch.save(content, temporary)
 
     @classmethod
-    def _from_arrays(cls, path, images, arrays_file):
+    def _from_arrays(cls, path: str | Path, images: str | Path | None, arrays_file: Path) -> "DataList":
         content = torch.load(arrays_file, mmap=True, weights_only=True)
         fields = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
         arrays = {name: value.numpy() for name, value in content.items() if isinstance(value, torch.Tensor)}
@@ -274,11 +293,11 @@ class DataList:
         return DataList._from_arrays, (self.path, self.image_root, self.arrays_file)
 
 
-def _stored_hash(arrays_file):
+def _stored_hash(arrays_file: Path) -> str | None:
     """The hash of the JSON that an arrays file was made of; None where there is no such file, or no whole one."""
     try:
         content = torch.load(arrays_file, mmap=True, weights_only=True)
-        return content["content_hash"] if content["version"] == ARRAYS_VERSION else None
+        return content["file_hash"] if content["version"] == ARRAYS_VERSION else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
         return None
 

@@ -204,7 +204,8 @@ def parse_voc_xml(path: Path) -> tuple[tuple[float, float] | None, list[RawObjec
     """
     root = parse_xml(path)
     require_voc(root, path)
-    size = None if root.find("size") is None else parse_size_element(root.find("size"), path)
+    element = root.find("size")
+    size = None if element is None else parse_size_element(element, path)
     objects, problems = [], []
     for element in root.findall("object"):
         box, name = element.find("bndbox"), (element.findtext("name") or "").strip()
