@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(drawn, in_tmp):
     assert 0 < step < 900
     process = start(in_tmp, ["--name", "c", "--resume", "--set", "save_minutes=0.001"])  # the run knows its recipe
     line = ""
-    while f"runs/c/last.pth.tar, step {step}" not in line:
+    while f"runs/c/last.pth.tar at step {step}" not in line:
         line = process.stdout.readline()
         assert process.poll() is None
     while load_checkpoint("runs/c/last.pth.tar")["step"] == step:
