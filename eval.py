@@ -19,10 +19,11 @@ from typing import Any
 
 from fpnssd.data.data_list import DataList
 from fpnssd.evaluation import intervals
-from fpnssd.evaluation.metrics import ImageDetections, compute_metrics, percent, rank
+from fpnssd.evaluation.metrics import ImageDetections, compute_metrics, rank
 from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
 from fpnssd.evaluation.result_files import read_coco, voc_result_paths, write_coco, write_voc
+from fpnssd.evaluation.tables import format_table
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import runtime_of
 from model import DEFAULT_CHECKPOINT, DETECTION, EVALUATION
@@ -153,39 +154,6 @@ def compare(sources: list[str], data_list: DataList, args: argparse.Namespace) -
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Printing
-
-
-def format_table(metrics: dict[str, Any]) -> str:
-    """compute_metrics as text, in percent: a row for each class, then the means with their 95 % intervals."""
-    columns = ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")
-    width = max(len("class"), *(len(name) for name in metrics["per_class"]))
-    lines = [f"{'class':{width}}  objects  detections  " + "  ".join(f"{c:>12}" for c in columns)]
-    for name, row in metrics["per_class"].items():
-        numbers = "  ".join(f"{percent(row[c]):>12}" for c in columns)
-        lines.append(f"{name:{width}}  {row['objects']:7}  {row['detections']:10}  {numbers}")
-    lines.append("")
-    for name, value in metrics.items():
-        if name.startswith(("voc", "coco")):
-            interval = metrics.get("intervals", {}).get(name)
-            shown = f"  95 % interval {percent(interval[0])} .. {percent(interval[1])}" if interval else ""
-            lines.append(f"{name:16} {percent(value):>6}{shown}")
-    lines.append("")
-    best = metrics["best_f1"]
-    for row in [*metrics["at_scores"], *filter(None, [best])]:
-        lines.append(
-            f"score > {row['min_score']:.2f}: precision {percent(row['precision'])}, recall {percent(row['recall'])}, "
-            f"F1 {percent(row['f1'])}{' (the highest F1)' if row is best else ''}"
-        )
-    if metrics["objects"] == 0:
-        lines.append("the data list has no objects: there is nothing to score against")
-    seconds, settings = metrics.get("seconds", {}), metrics.get("settings", {})
-    if seconds:
-        total = sum(seconds.values())
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-        lines.append(f"{metrics['images']} images in {total:.1f} s ({metrics['images'] / total:.1f} a second): {parts}")
-    if settings:
-        lines.append(", ".join(f"{name} {value}" for name, value in settings.items()))
-    return "\n".join(lines)
 
 
 def format_comparison(sources: list[str], result: dict[str, dict[str, Any]]) -> str:

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import format_table
 from fpnssd.data.images import DataError
 from fpnssd.evaluation.metrics import compute_metrics
 from fpnssd.evaluation.predict import Predictor, predict
+from fpnssd.evaluation.tables import format_table
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training import distributed, setup
 from fpnssd.training.checkpoints import NotFiniteError, RunFolder, TrainState
