@@ -53,6 +53,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank())) if dist.is_initialized() else 0
+
+
 def num_processes() -> int:
     """The number of processes of the training, on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1

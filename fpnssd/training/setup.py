@@ -45,7 +45,9 @@ def make_train_loader(
     config: TrainConfig, train_list: DataList, batch_size: int, epoch_images: int, pin_memory: bool
 ) -> DataLoader:
     """Augmented batches of this process; an epoch has epoch_images images over all processes."""
-    cache = PixelCache.build(train_list, config.cache_side) if config.cache == "disk" else None
+    cache = None
+    if config.cache == "disk":  # the first process of each machine makes it
+        cache = PixelCache.build(train_list, config.cache_side, wait=distributed.local_rank() > 0)
     dataset = DetectionDataset(train_list, config.image_size, config.augment, config.seed, cache, config.epochs)
     weights = balanced_weights(train_list, config.class_balance) if config.class_balance else None
     rank, count = distributed.rank(), distributed.num_processes()
