@@ -1,4 +1,4 @@
-# make demo: detect, then draw, train, evaluate, detect.  make test: the tests.  Both need Python 3.10+ and nothing else.
+# make demo: detect in photographs, then train on drawn shapes.  make test: the tests.  Both need Python 3.10+ alone.
 # make voc2012, make voc0712 (GPUS=8): the ResNet-50 recipes, from the download to the table.
 # CONSTRAINTS=constraints.txt installs the versions that were tested, PYTHON=python3.12 another Python (after make clean).
 PYTHON ?= python3
@@ -27,18 +27,7 @@ install = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if 
 	@touch $@
 
 demo: .venv/installed-demo
-	$(BIN)/python detect.py .venv/lib/python3*/site-packages/skimage/data/astronaut.png \
-		.venv/lib/python3*/site-packages/skimage/data/chelsea.png
-	$(BIN)/python -m fpnssd.data.synthetic --out data/synthetic_voc
-	$(BIN)/python create_data_lists.py --voc data/synthetic_voc --splits train val --out data/synthetic
-	@rm -rf runs/demo  # the last demo's
-	$(BIN)/python train.py --preset demo
-	$(BIN)/python eval.py runs/demo/best.pth.tar --data data/synthetic --split val --json runs/demo/metrics.json
-	$(BIN)/python detect.py data/synthetic_voc/JPEGImages/val_0000[0-5].jpg --checkpoint runs/demo/best.pth.tar
-	@echo
-	@echo "Look at detected_img/astronaut.png and chelsea.png for what the detector that ships found in photographs,"
-	@echo "detected_img/val_0000*.jpg for what the one just trained found, runs/demo/metrics.json for its numbers,"
-	@echo "runs/demo/log.csv for the training. Next: README.md, 'Your own data in five lines'."
+	$(BIN)/python demo.py
 
 # Stopped, the same command goes on where it was. The table is of the last epoch: the best one was chosen on the same list.
 train = $(if $(filter 1,$(GPUS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(GPUS)) train.py --preset $(1) \
@@ -66,6 +55,7 @@ test-long: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy model.py datasets.py utils.py detect.py fpnssd/inference fpnssd/evaluation
 
 clean:  # what make made; your data and runs stay
 	rm -rf .venv data/synthetic data/synthetic_voc runs/demo
