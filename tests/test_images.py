@@ -2,14 +2,27 @@
 
 import io
 import os
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fpnssd.data.images import FORMATS, IMAGE_SUFFIXES, DataError, _warn_once, find_images, is_image_name, load_image
+from fpnssd.data.augment import resize
+from fpnssd.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    DataError,
+    _warn_once,
+    find_images,
+    fit_image,
+    is_image_name,
+    load_image,
+    to_pixels,
+)
 
 
 def test_formats_are_those_that_decode_their_own_pixels():
@@ -138,3 +151,23 @@ def test_a_stretched_range_is_said_once_and_few_levels_with_the_name(tmp_path):
 def test_an_image_in_memory_is_not_copied():
     image = Image.new("RGB", (8, 8))
     assert load_image(image) is image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network's input
+
+
+def test_large_images_are_fitted_in_bands():
+    """As exactly as in one piece, and without a copy of the whole: that would be 24 MB of numpy's memory here."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)).resize((4000, 2000))
+    expected = resize(to_pixels(image), 300, 300)
+    tracemalloc.start()
+    fitted = fit_image(image, 300)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(fitted, expected)
+    assert peak < 12 * 2**20
+    for size in ((1, 1), (7, 500), (500, 7), (300, 300), (299, 301)):
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        assert torch.equal(fit_image(image, 300), resize(to_pixels(image), 300, 300))

@@ -389,4 +389,6 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 def fit_image(image: Image.Image, side: int) -> torch.Tensor:
     """Returns an RGB PIL image squashed to uint8 (3, side, side): the network's input outside of training."""
-    return resize(to_pixels(image), side, side)
+    # Of a large image no whole copy is made: its bands get their width first, and all of them together their height.
+    rows = [resize(to_pixels(band), side, band.height).permute(1, 2, 0) for _, band in _bands(image)]
+    return resize(torch.cat(rows).permute(2, 0, 1), side, side)
