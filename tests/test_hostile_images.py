@@ -1,5 +1,6 @@
 """Image files that attack whoever opens them, or whose metadata is broken: each costs little, or is a DataError."""
 
+import contextlib
 import io
 import itertools
 import re
@@ -243,6 +244,45 @@ def test_headers_that_lie_are_refused():
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             load_image(data)
+
+
+def bmp(width, height, codes):
+    """A run-length coded BMP of 256 colours."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(codes), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + header + bytes(1024) + codes
+
+
+def test_run_length_codes_without_pixels_are_refused():
+    plain = b"\x01\x07" * 64 + b"\0\0"  # a row of 64 runs of one pixel
+    assert load_image(bmp(64, 48, plain * 48 + b"\0\1")).size == (64, 48)
+    for codes in (b"\0\0", b"\0\2\0\0", plain[:128] + b"\1a"):  # ends of rows, skips of nothing, runs beyond the row
+        for start in (0, 14):  # with its file header, and as the DIB that it is without
+            with pytest.raises(DataError, match="run-length codes for 3,072 pixels"):
+                load_image(bmp(64, 48, codes * 100_000)[start:])
+    with pytest.raises(DataError, match="only 20 rows of 4,000,000 pixels"):  # whose one code skips 255 rows: 2 GB
+        load_image(bmp(4_000_000, 20, b"\0\2\xff\xff\0\1"))
+
+
+def test_a_jpeg_of_many_scans_in_a_tiff_is_refused():
+    """By libtiff, which counts them."""
+    jpeg = encoded(Image.new("L", (64, 48)), "JPEG", progressive=True)  # its scans are short
+    scan, end = jpeg.rindex(b"\xff\xda"), jpeg.rindex(b"\xff\xd9")
+    for repeated, refused in ((1, False), (300, True)):
+        data = jpeg[:scan] + jpeg[scan:end] * repeated + jpeg[end:]
+        place = len(tiff([]))
+        entries = [(258, 3, 1, 8), (259, 3, 1, 7), (262, 3, 1, 1), (273, 4, 1, place), (277, 3, 1, 1)]
+        data = tiff([*entries, (279, 4, 1, len(data))]).ljust(place, b"\0")[:place] + data
+        with pytest.raises(DataError, match="damaged") if refused else contextlib.nullcontext():
+            assert load_image(data).size == (64, 48)
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow reads no JPEG 2000")
+def test_many_tiles_are_refused():
+    for boxed in (False, True):
+        data = encoded(IMAGE, "JPEG2000", tile_size=(1, 1), num_resolutions=1, no_jp2=not boxed)
+        with pytest.raises(DataError, match="3,072 tiles of 1 x 1 pixels"):
+            load_image(data)
+        assert load_image(encoded(IMAGE, "JPEG2000", tile_size=(16, 16), no_jp2=not boxed)).size == (64, 48)
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow reads no JPEG 2000")

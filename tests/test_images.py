@@ -2,8 +2,10 @@
 
 import io
 import os
+import struct
 import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from fpnssd.data.images import (
     FORMATS,
     IMAGE_SUFFIXES,
     DataError,
+    ImageWarning,
     _warn_once,
     find_images,
     fit_image,
@@ -146,6 +149,37 @@ def test_a_stretched_range_is_said_once_and_few_levels_with_the_name(tmp_path):
     assert sum("are stretched" in sentence for sentence in sentences) == 1
     assert [sentence for sentence in sentences if "few.png has 8 grey levels" in sentence]
     assert len(sentences) == 2
+
+
+@pytest.mark.parametrize("form", ["png", "tif"])
+def test_colours_of_16_bits_that_hold_12_are_named(tmp_path, form, recwarn):
+    """Pillow keeps the upper byte alone: 0..4095 become 0..15."""
+    values = ramp(0, 1, np.float64)[..., None].repeat(3, axis=2)
+    for name, largest in (("full", 65_535), ("dark", 4095)):
+        write_rgb16(tmp_path / f"{name}.{form}", (values * largest).astype(np.uint16))
+    assert np.asarray(load_image(tmp_path / f"full.{form}")).max() == 255
+    assert not recwarn
+    assert np.asarray(load_image(tmp_path / f"dark.{form}")).max() == 15
+    assert f"dark.{form} is dark or flat: 16 levels are left" in str(recwarn.pop(ImageWarning).message)
+
+
+def write_rgb16(path, array):
+    """A PNG or TIFF of uint16 (H, W, 3), by hand: Pillow writes none."""
+    height, width, _ = array.shape
+    if path.suffix == ".png":
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in (*chunks, (b"IEND", b""))))
+    else:
+        entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2)]
+        entries += [(273, 4, 1, 128), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, array.nbytes)]
+        tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        bits = struct.pack("<3H", 16, 16, 16)
+        path.write_bytes(b"II*\0" + struct.pack("<IH", 8, 9) + tags + bytes(4) + bits + array.astype("<u2").tobytes())
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def test_an_image_in_memory_is_not_copied():

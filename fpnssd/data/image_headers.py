@@ -16,12 +16,14 @@ ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2..8 mirrored or turned
 MAX_SCANS = 500  # of a progressive JPEG; encoders write about ten, and each costs a pass over the whole image
 MAX_COMMENTS = 10_000  # of a plain PPM
 MAX_STRIPS = 100_000  # strips or tiles of a TIFF
+MAX_TILES_A_MEGAPIXEL = 2000  # of a JPEG 2000, whose decoder takes 8 kB for each; tiles have 256 x 256 pixels or more
 MAX_TAG_VALUES = 400_000  # numbers in the tags of a TIFF; two of its colour palettes of 16 bits
 
 _TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _TIFF_STRIPS = {273, 279, 324, 325}  # offsets and lengths of strips and tiles
 _TIFF_SIDES = {322, 323}  # of a tile
 _TIFF_DIRECTORIES = {34665, 34853, 40965}  # EXIF, GPS and interoperability
+_DIB_HEADERS = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}  # a BMP without its file header
 _PPM_COMMENT = re.compile(rb"#[^\r\n]*")
 _PPM_HEADER = re.compile(rb"P([2356])%b(\d+)%b(\d+)%b(\d+)\s" % ((rb"(?:\s|#[^\r\n]*[\r\n])+",) * 3))
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -48,6 +50,9 @@ def prepare(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         _check_tiff(file)
+        return file
+    if head[:2] == b"BM" or head[:4] in _DIB_HEADERS:
+        _check_bmp(file)
         return file
     for matches, clean in _CLEANERS:
         if matches(head):
@@ -222,7 +227,30 @@ def _check_jpeg2000(data: bytes) -> bytes:
     header = data.find(b"ihdr", 0, place)
     if header >= 0 and struct.unpack_from(">2L", data, header + 4) != (bottom - top, right - left):
         raise HeaderError(f"its header and its codestream ({right - left} x {bottom - top} pixels) differ in size")
+    tile_width, tile_height, tile_left, tile_top = struct.unpack_from(">4L", data.ljust(place + 40, b"\0"), place + 24)
+    if tile_width and tile_height:
+        tiles = -((tile_left - right) // tile_width) * -((tile_top - bottom) // tile_height)
+        if tiles > 100 + MAX_TILES_A_MEGAPIXEL * (right - left) * (bottom - top) / 1e6:
+            raise HeaderError(f"it has {tiles:,} tiles of {tile_width} x {tile_height} pixels")
     return data
+
+
+def _check_bmp(file: BinaryIO) -> None:
+    """Refuses run-length coding that Pillow, which decodes it in Python, needs much memory or time for."""
+    head = file.read(34)
+    file_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = 14 if head[:2] == b"BM" else 0
+    if len(head) < start + 20:
+        return
+    width, height, _, compression = struct.unpack_from("<IiII", head, start + 4)
+    if compression not in (1, 2):  # RLE8 and RLE4
+        return
+    pixels = width * abs(height)
+    if 255 * width > 4 * pixels + 2**24:  # one code can skip 255 rows, also of an image that has fewer
+        raise HeaderError(f"it is run-length coded and has only {abs(height)} rows of {width:,} pixels")
+    if file_bytes > 2 * pixels + 4 * abs(height) + 2**16:  # codes without pixels; the longest sensible one has 2 bytes
+        raise HeaderError(f"it has {file_bytes:,} bytes of run-length codes for {pixels:,} pixels")
 
 
 _CLEANERS = (

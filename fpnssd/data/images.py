@@ -132,6 +132,8 @@ def open_image(
             image = stack.enter_context(Image.open(prepare(file), formats=FORMATS))
             if isinstance(exif := image.info.get("exif"), bytes):
                 image.info["exif"] = exif_with(exif_orientation(exif))
+            # Pillow reads 16 bits a channel of a colour image as 8, by leaving out the lower ones.
+            image.info["16 bits"] = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
             pixels = image.width * image.height
             if pixels > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
@@ -291,12 +293,16 @@ def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     - Where no pixel reaches a quarter of it, or where it leaves fewer than 16 grey levels, as for a thermal camera or
       12 bits stored in 16, the image's own minimum and maximum become 0 and 255; a warning says so once in a process.
     - An image with fewer than 16 grey levels after that is named in a warning.
+    - Colours of 16 bits keep their upper 8; an image with at most 16 levels after that, as of 12 bits, is named too.
 
     Args:
         image: decoded or not.
         name: what warnings call it.
     """
     image.load()
+    if image.info.get("16 bits") and (levels := _count_levels(image)) <= 16:
+        sentence = f"{name} is dark or flat: {levels} levels are left of its 16 bits a channel; stretch them beforehand"
+        warnings.warn(sentence, ImageWarning, stacklevel=2)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF":
@@ -323,14 +329,17 @@ def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
     ends = np.array([(band.min(), band.max()) for _, band in _value_bands(image)], dtype=np.float64)
     smallest, largest = float(ends.min()), float(ends.max())
     low, high = _grey_range(smallest, largest, _full_scale(image, smallest, largest))
-    grey, used = Image.new("L", image.size), np.zeros(256, dtype=bool)
+    grey = Image.new("L", image.size)
     for top, band in _value_bands(image):
-        levels = _to_grey_levels(band, low, high)
-        used[levels] = True
-        grey.paste(Image.fromarray(levels), (0, top))
-    if used.sum() < 16:
-        warnings.warn(f"{name} has {used.sum()} grey levels ({smallest:g} to {largest:g})", ImageWarning, stacklevel=2)
+        grey.paste(Image.fromarray(_to_grey_levels(band, low, high)), (0, top))
+    if (levels := _count_levels(grey)) < 16:
+        warnings.warn(f"{name} has {levels} grey levels ({smallest:g} to {largest:g})", ImageWarning, stacklevel=2)
     return grey.convert("RGB")
+
+
+def _count_levels(image: Image.Image) -> int:
+    """How many of 0..255 the colours of an image of mode L, RGB or RGBA take."""
+    return np.count_nonzero(np.reshape(image.histogram(), (-1, 256))[:3].any(axis=0))
 
 
 def _value_bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
