@@ -1,13 +1,15 @@
-"""SSD's augmentation as two sampled things, each of which costs one pass over few pixels; mosaic and copy-paste on top.
+"""SSD's augmentation as one resampling and one colour matrix for each image; mosaic and copy-paste, which build on it.
 
-A *view* is the rectangle of the original image that fills the network's square: SSD's zoom-out, IoU crop and flip in
-one, larger than the image when SSD zooms out. A *colour matrix* (3x4) holds brightness, contrast, saturation and hue.
+A *view* is the rectangle of the original image that fills the network's input: the result of SSD's zoom-out and IoU
+crop, larger than the image where SSD zooms out. A *colour matrix* (3, 4) holds brightness, contrast, saturation, hue.
+Both are sampled first, and then each pixel of the result is computed once.
 
     photograph = Photograph(pixels, boxes, labels, difficult, crowd, size)
     pixels, objects = augment(np.random.default_rng(0), photograph, 300, 300, AugmentConfig())
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,21 +17,25 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, interpolate
 
-FILL = (124, 116, 104)  # ImageNet's mean colour: what lies outside the image
+FILL = (124, 116, 104)  # RGB of what lies outside of the image: ImageNet's mean colour
+
+Rng = np.random.Generator
+Objects = dict[str, np.ndarray]  # boxes (n, 4), labels, difficult, crowd (n,) of a sample
+Placement = tuple[float, float, float, float]  # see render_view
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SSD's augmentation (arXiv:1512.02325, sections 2.2 and 3.6) and two options; every probability and range."""
+    """Probabilities and ranges of SSD's augmentation (arXiv:1512.02325, 2.2 and 3.6), mosaic and copy-paste."""
 
     zoom_out: float = 0.5  # probability
-    zoom_out_max: float = 4.0  # the view's sides, up to so many times the image's
-    crop_min_overlaps: tuple = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # drawn evenly; 1 is no crop
-    crop_trials: int = 50  # for a drawn overlap; without a hit another one is drawn
-    crop_min_side: float = 0.3
-    crop_max_aspect: float = 2.0
+    zoom_out_max: float = 4.0  # largest ratio of the view's sides to the image's
+    crop_min_overlaps: tuple = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # IoU thresholds, equally likely; 1 is no crop
+    crop_trials: int = 50  # random crops for each sampled threshold; if none reaches it, another one is sampled
+    crop_min_side: float = 0.3  # smallest ratio of the crop's sides to the view's
+    crop_max_aspect: float = 2.0  # largest ratio of the crop's sides to each other
     flip: float = 0.5  # probability
-    min_side: float = 1.0  # pixels of the square: objects of which a view leaves less, in width or height, are dropped
+    min_side: float = 1.0  # objects with less width or height in the result, in pixels, are dropped
 
     brightness: float = 32.0  # grey levels, added
     contrast: float = 0.5  # factor 1 +- this
@@ -38,15 +44,15 @@ class AugmentConfig:
     colour: float = 0.5  # probability of each of the four
 
     mosaic: float = 0.0  # probability: four images, each with a view of its own, share the square
-    mosaic_margin: float = 0.25  # they meet at least so far from the square's edges
+    mosaic_margin: float = 0.25  # smallest distance of the point where they meet from the edges, relative to the side
     copy_paste: float = 0.0  # probability: objects of another image are pasted in, as rectangles
-    copy_paste_most: int = 3  # objects
-    copy_paste_scale: tuple = (0.5, 1.5)  # factor on the size they have in their own image's square
-    copy_paste_max_cover: float = 0.1  # of any object that is there already
-    close_epochs: int = 10  # so many epochs at the end go without mosaic and copy-paste
+    copy_paste_most: int = 3  # largest number of pasted objects
+    copy_paste_scale: tuple = (0.5, 1.5)  # range of the factor on an object's size, its image resized to the square
+    copy_paste_max_cover: float = 0.1  # largest part of an object that a pasted one covers
+    close_epochs: int = 10  # number of epochs at the end of a training without mosaic and copy-paste
 
-    def closed(self):
-        """The same without mosaic and copy-paste."""
+    def closed(self) -> "AugmentConfig":
+        """Returns the same settings without mosaic and copy-paste."""
         return replace(self, mosaic=0.0, copy_paste=0.0)
 
 
@@ -55,25 +61,34 @@ NO_AUGMENTATION = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), flip=0, co
 
 @dataclass
 class Photograph:
-    """A decoded image and its objects. The image may be stored smaller than `size`, in which the boxes are measured."""
+    """A decoded image and its objects. The pixels may be a smaller copy's; boxes are in pixels of the original."""
 
-    pixels: torch.Tensor  # uint8 (3, H, W); fastest if it lies channels last, as decoders give it
-    boxes: np.ndarray  # (n, 4) float64 xyxy in pixels of `size`
-    labels: np.ndarray  # (n,)
+    pixels: torch.Tensor  # uint8 (3, H, W), best channels last in memory, as images are decoded
+    boxes: np.ndarray  # (n, 4) float64, xyxy in pixels of `size`
+    labels: np.ndarray  # (n,) int64, 1..C
     difficult: np.ndarray  # (n,) bool
     crowd: np.ndarray  # (n,) bool
-    size: tuple  # (height, width) of the original
+    size: tuple[int, int]  # height and width of the original
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The view
 
 
-def sample_view(rng, size, boxes, config):
-    """SSD's zoom-out and IoU crop in one: a rectangle (x0, y0, x1, y1) in pixels of the image, which it may exceed.
+def sample_view(rng: Rng, size: tuple[int, int], boxes: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """Samples SSD's zoom-out and IoU crop as one rectangle.
 
-    size: (height, width); boxes (n, 4). A crop must overlap some object by the drawn IoU and hold some object's centre;
-    when no trial does, another IoU is drawn.
+    A crop has to reach the sampled IoU with one object and to contain the centre of one; if no trial does, another IoU
+    is sampled.
+
+    Args:
+        rng: source of the randomness.
+        size: height and width of the image in pixels.
+        boxes: (n, 4) xyxy in pixels of the image.
+        config: probabilities and ranges.
+
+    Returns:
+        (4,) xyxy in pixels of the image, beyond which it may extend.
     """
     height, width = size
     view = np.array([0.0, 0.0, width, height])
@@ -83,21 +98,19 @@ def sample_view(rng, size, boxes, config):
         view = np.array([-left, -top, ratio * width - left, ratio * height - top])
     if len(boxes) == 0:
         return view
-    for _ in range(20):  # "no crop" is among the choices, so that one round in seven is the last whatever the objects
+    for _ in range(20):  # one choice in seven is no crop, so 20 rounds nearly always suffice
         min_overlap = config.crop_min_overlaps[rng.integers(len(config.crop_min_overlaps))]
         if min_overlap >= 1:
             return view
         crops = _sample_crops(rng, view, config)  # all trials at once: (trials, 4)
-        good = (centres_inside(crops, boxes) & (_overlaps(crops, boxes).max(axis=1) >= min_overlap)[:, None]).any(
-            axis=1
-        )
+        good = centres_inside(crops, boxes).any(axis=1) & (_overlaps(crops, boxes).max(axis=1) >= min_overlap)
         if good.any():
             return crops[good.argmax()]
     return view
 
 
-def _sample_crops(rng, canvas, config):
-    """Rectangles (n, 4) inside the canvas (4,), n up to config.crop_trials: those whose aspect is allowed."""
+def _sample_crops(rng: Rng, canvas: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """Returns crop_trials random rectangles inside the canvas (4,), less those of extreme aspect: (n, 4)."""
     canvas_sides = canvas[2:] - canvas[:2]
     draws = rng.random((config.crop_trials, 4))
     sides = canvas_sides * (config.crop_min_side + (1 - config.crop_min_side) * draws[:, :2])
@@ -107,13 +120,13 @@ def _sample_crops(rng, canvas, config):
     return np.concatenate([corners, corners + sides], axis=1)[allowed]
 
 
-def _columns(boxes):
-    """x0, y0, x1, y1 of boxes (n, 4). On arrays as small as these, few operations matter more than short ones."""
+def _columns(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x0, y0, x1, y1 of boxes (n, 4). Such small arrays are fastest with few numpy calls."""
     return boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]
 
 
-def _shared_areas(rectangles, boxes):
-    """(m, n): the area that each of rectangles (m, 4) shares with each of boxes (n, 4)."""
+def _intersections(rectangles: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Areas (m, n) of the intersections of rectangles (m, 4) with boxes (n, 4)."""
     x0, y0, x1, y1 = _columns(boxes)
     left, top, right, bottom = _columns(rectangles[:, :, None])
     width = np.minimum(right, x1) - np.maximum(left, x0)
@@ -121,32 +134,48 @@ def _shared_areas(rectangles, boxes):
     return np.maximum(width, 0) * np.maximum(height, 0)
 
 
-def _areas(boxes):
+def _areas(boxes: np.ndarray) -> np.ndarray:
     x0, y0, x1, y1 = _columns(boxes)
     return (x1 - x0) * (y1 - y0)
 
 
-def _overlaps(rectangles, boxes):
-    """IoU of rectangles (m, 4) with boxes (n, 4): (m, n)."""
-    shared = _shared_areas(rectangles, boxes)
+def _overlaps(rectangles: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU (m, n) of rectangles (m, 4) with boxes (n, 4)."""
+    shared = _intersections(rectangles, boxes)
     return shared / (_areas(rectangles)[:, None] + _areas(boxes) - shared)
 
 
-def centres_inside(views, boxes):
-    """(m, n): whether the centre of each of boxes (n, 4) lies in each of views (m, 4)."""
+def centres_inside(views: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Returns (m, n) bool: whether each of the views (m, 4) contains the centre of each of the boxes (n, 4)."""
     x0, y0, x1, y1 = _columns(boxes)
     left, top, right, bottom = _columns(views[:, :, None])
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     return (x >= left) & (x < right) & (y >= top) & (y < bottom)
 
 
-def render_view(pixels, view, width, height, flip=False, colour_matrix=None, size=None):
-    """What the view (4,) of an image, uint8 (3, H, W), shows: uint8 (3, height, width), and where its pixels went.
+def render_view(
+    pixels: torch.Tensor,
+    view: np.ndarray,
+    width: int,
+    height: int,
+    flip: bool = False,
+    colour_matrix: np.ndarray | None = None,
+    size: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, Placement]:
+    """Renders the part of an image that a view shows. What lies outside of the image has the colour FILL.
 
-    The part of the view that the image covers, in whole pixels, is resized once, into whole pixels of a rectangle of
-    the mean colour. size: (height, width) in whose pixels the view is measured, where the image is stored smaller.
-    Returns (pixels, (scale_x, scale_y, shift_x, shift_y)): x of `size` lies at x * scale_x + shift_x in the rectangle,
-    before the flip. Exact: rounding to whole pixels is part of these numbers, so boxes move with their pixels.
+    Args:
+        pixels: uint8 (3, H, W).
+        view: (4,) xyxy in pixels of `size`.
+        width, height: of the result, in pixels.
+        flip: whether to mirror it left to right.
+        colour_matrix: (3, 4), see change_colour; None changes no colour.
+        size: height and width of the original, where `pixels` are those of a smaller copy.
+
+    Returns:
+        uint8 (3, height, width), and its placement (scale_x, scale_y, shift_x, shift_y): a point x of the original lies
+        at x * scale_x + shift_x in the result, before the flip. The part of the image is rounded to whole pixels before
+        it is resized, and so is where it goes; the placement includes both, so boxes move exactly with their pixels.
     """
     frame, target = np.array([pixels.shape[2], pixels.shape[1]]), np.array([width, height])
     stored = 1.0 if size is None else frame / (size[1], size[0])
@@ -173,19 +202,24 @@ def render_view(pixels, view, width, height, flip=False, colour_matrix=None, siz
     return (patch.flip(2) if flip else patch), (*(scale * stored), *shift)
 
 
-def resize(pixels, width, height):
-    """uint8 (3, H, W) -> uint8 (3, height, width), bilinear, each pixel an average of all that fall on it."""
+def resize(pixels: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Resizes uint8 (3, H, W) to uint8 (3, height, width): bilinear, with antialiasing, as PIL does."""
     return interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 @lru_cache(maxsize=4)
-def _filled(width, height):
-    """uint8 (3, height, width) of the fill colour, lying channels last."""
+def _filled(width: int, height: int) -> torch.Tensor:
+    """uint8 (3, height, width) of the colour FILL, channels last in memory."""
     return torch.tensor(FILL, dtype=torch.uint8).expand(height, width, 3).contiguous().permute(2, 0, 1)
 
 
-def move_boxes(boxes, placement, width, height, flip=False):
-    """Boxes (n, 4) of the image, in pixels of the rectangle that render_view made, clipped to it."""
+def move_boxes(boxes: np.ndarray, placement: Placement, width: int, height: int, flip: bool = False) -> np.ndarray:
+    """Transforms boxes (n, 4) of the original to pixels of what render_view made of it, and clips them to that.
+
+    Args:
+        boxes: (n, 4) xyxy in pixels of the original.
+        placement, width, height, flip: as render_view returned and took them.
+    """
     scale_x, scale_y, shift_x, shift_y = placement
     moved = boxes * (scale_x, scale_y, scale_x, scale_y) + (shift_x, shift_y, shift_x, shift_y)
     if flip:
@@ -201,14 +235,17 @@ _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 _FROM_YIQ = np.linalg.inv(_YIQ)
 
 
-def sample_colour_matrix(rng, config):
-    """A 3x4 matrix (linear part, then offset in grey levels) that changes brightness, contrast, saturation and hue.
+def sample_colour_matrix(rng: Rng, config: AugmentConfig) -> np.ndarray | None:
+    """Samples SSD's changes of brightness, contrast, saturation and hue as one matrix.
 
-    The definition of the change: brightness adds, contrast scales, saturation blends with luma, hue turns in YIQ, with
-    no rounding or clipping in between. SSD's order: brightness first, contrast second or last. None: no change.
+    Brightness is added, contrast is a factor on everything, saturation one on the distance from luma, hue a rotation
+    in the IQ plane of YIQ; there is no rounding or clipping in between, as there is in SSD's own code.
+
+    Returns:
+        (3, 4) float64: the linear part, then the offset in grey levels; None for no change.
     """
 
-    def factor(spread):
+    def factor(spread: float) -> float:
         return 1 + rng.uniform(-spread, spread) if rng.random() < config.colour else 1.0
 
     shift = rng.uniform(-config.brightness, config.brightness) if rng.random() < config.colour else 0.0
@@ -222,10 +259,10 @@ def sample_colour_matrix(rng, config):
     return np.concatenate([linear, shift * linear.sum(axis=1, keepdims=True)], axis=1)
 
 
-def change_colour(pixels, matrix):
-    """A 3x4 matrix applied to uint8 (3, H, W), rounded and clipped once."""
-    matrix = torch.from_numpy(matrix).float()
-    changed = conv2d(pixels[None].float(), matrix[:, :3, None, None], matrix[:, 3])
+def change_colour(pixels: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
+    """Applies a colour matrix (3, 4) to uint8 (3, H, W); rounds and clips once."""
+    weight = torch.from_numpy(matrix).float()
+    changed = conv2d(pixels[None].float(), weight[:, :3, None, None], weight[:, 3])
     return changed.round_().clamp_(0, 255).to(torch.uint8)[0]
 
 
@@ -233,11 +270,23 @@ def change_colour(pixels, matrix):
 # Samples
 
 
-def augment(rng, photograph, width, height, config):
-    """One photograph, seen through a sampled view: pixels uint8 (3, height, width), and the objects left in it.
+def augment(
+    rng: Rng, photograph: Photograph, width: int, height: int, config: AugmentConfig
+) -> tuple[torch.Tensor, Objects]:
+    """Renders a photograph through a sampled view, with sampled colours.
 
-    The objects are a dict of boxes (n, 4) in those pixels, labels, difficult, crowd (n,). SSD's rule for what is left:
-    the object's centre lies in the view (a crowd needs none), and config.min_side pixels of it, both ways.
+    An object is kept if its centre lies in the view, which is SSD's rule (a crowd's need not), and if config.min_side
+    pixels of its width and height are left.
+
+    Args:
+        rng: source of the randomness.
+        photograph: the image and its objects.
+        width, height: of the result, in pixels.
+        config: probabilities and ranges.
+
+    Returns:
+        uint8 (3, height, width), and the objects in it: boxes (n, 4) float64 in its pixels, labels (n,) int64,
+        difficult and crowd (n,) bool.
     """
     boxes, crowd = photograph.boxes, photograph.crowd
     view = sample_view(rng, photograph.size, boxes[~crowd], config)
@@ -256,8 +305,14 @@ def augment(rng, photograph, width, height, config):
     return pixels, objects
 
 
-def mosaic(rng, photographs, side, config):
-    """Four photographs around a point of the square (YOLOv4, arXiv:2004.10934), each augmented on its own."""
+def mosaic(
+    rng: Rng, photographs: Sequence[Photograph], side: int, config: AugmentConfig
+) -> tuple[torch.Tensor, Objects]:
+    """Joins four photographs around a random point of a square (YOLOv4, arXiv:2004.10934), each augmented on its own.
+
+    Returns:
+        uint8 (3, side, side), and the objects in it, as augment does.
+    """
     low, high = config.mosaic_margin * side, (1 - config.mosaic_margin) * side
     x, y = (round(rng.uniform(low, high)) for _ in range(2))
     square = _filled(side, side).clone()
@@ -271,10 +326,21 @@ def mosaic(rng, photographs, side, config):
     return square, _joined(gathered)
 
 
-def copy_paste(rng, pixels, objects, donor, config):
-    """Pastes objects of the donor, a Photograph, into a sample as rectangles, where they cover little of what is there.
+def copy_paste(
+    rng: Rng, pixels: torch.Tensor, objects: Objects, donor: Photograph, config: AugmentConfig
+) -> tuple[torch.Tensor, Objects]:
+    """Pastes objects of another photograph into a sample, where they cover little of the objects in it.
 
-    The idea is Dwibedi et al.'s (arXiv:1708.01642), with boxes for want of masks.
+    Cut, paste and learn (arXiv:1708.01642), but with rectangles, because there are no masks.
+
+    Args:
+        rng: source of the randomness.
+        pixels, objects: the sample, as augment returns it; both stay as they are.
+        donor: whose objects to paste.
+        config: probabilities and ranges.
+
+    Returns:
+        The new pixels, and the objects with the pasted ones after them.
     """
     height, width = pixels.shape[1:]
     usable = np.flatnonzero(~donor.crowd)
@@ -290,7 +356,7 @@ def copy_paste(rng, pixels, objects, donor, config):
         if place is None:
             continue
         flip, colour_matrix = bool(rng.random() < config.flip), sample_colour_matrix(rng, config)
-        patch, _ = render_view(donor.pixels, box, *sides.tolist(), flip, colour_matrix, donor.size)
+        patch, _ = render_view(donor.pixels, box, int(sides[0]), int(sides[1]), flip, colour_matrix, donor.size)
         x0, y0, x1, y1 = place.tolist()
         pixels[:, y0:y1, x0:x1] = patch
         pasted = {name: getattr(donor, name)[row : row + 1] for name in ("labels", "difficult", "crowd")}
@@ -298,14 +364,17 @@ def copy_paste(rng, pixels, objects, donor, config):
     return pixels, objects
 
 
-def _free_place(rng, sides, square, boxes, max_cover):
-    """A rectangle of these sides that covers at most max_cover of each of boxes (n, 4); None after ten trials."""
+def _free_place(
+    rng: Rng, sides: np.ndarray, square: tuple[int, int], boxes: np.ndarray, max_cover: float
+) -> np.ndarray | None:
+    """A random rectangle (4,) of these sides that covers at most max_cover of each box; None after ten trials."""
     corners = rng.integers(0, np.array(square) - sides + 1, size=(10, 2))
     places = np.concatenate([corners, corners + sides], axis=1)
-    covered = _shared_areas(places, boxes) / _areas(boxes)
+    covered = _intersections(places, boxes) / _areas(boxes)
     free = (covered <= max_cover).all(axis=1)
     return places[free.argmax()] if free.any() else None
 
 
-def _joined(parts):
+def _joined(parts: Sequence[Objects]) -> Objects:
+    """The objects of all parts, one after another."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -2,13 +2,15 @@
 
     python -m fpnssd.data.synthetic --out data/synthetic_voc --train 300 --val 60 --seed 0
 
-Objects come in all three of COCO's sizes, overlap, are cut off by the frame, and are `difficult` where little of them
-shows; some images hold none. An image is decided by the seed, its split and its number alone.
+Objects have all three of COCO's sizes, overlap and are truncated by the frame; those that are mostly hidden are
+`difficult`; some images have none. An image depends on the seed, its split and its number alone.
 """
 
 import argparse
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -23,7 +25,7 @@ SIDE_ODDS = (0.15, 0.5, 0.35)
 LITTLE_VISIBLE = 0.35  # below this share of its pixels an object is difficult
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -36,8 +38,14 @@ def main(argv=None):
     print(f"{args.out}: {args.train} images for training, {args.val} for evaluation, classes {', '.join(SHAPES)}")
 
 
-def draw_dataset(out, counts, seed=0):
-    """Writes Annotations, JPEGImages and ImageSets/Main below `out`; counts: split name -> number of images."""
+def draw_dataset(out: Path, counts: Mapping[str, int], seed: int = 0) -> None:
+    """Writes a data set in VOC's layout.
+
+    Args:
+        out: folder that gets Annotations, JPEGImages and ImageSets/Main.
+        counts: number of images of each split, by its name.
+        seed: of the randomness.
+    """
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for split_number, (split, count) in enumerate(counts.items()):
@@ -54,26 +62,26 @@ def draw_dataset(out, counts, seed=0):
 # Shapes: each draws itself in white on a mask, in the square from (0, 0) to (side, side)
 
 
-def _polygon(radii, turn=0.0):
-    """Vertices around (0.5, 0.5) at these radii, evenly spaced, the first one up; in 0..1."""
+def _polygon(radii: Sequence[float], turn: float = 0.0) -> list[tuple[float, float]]:
+    """Vertices in the unit square at these distances from its centre, at equal angles, the first above it."""
     angles = [2 * math.pi * i / len(radii) - math.pi / 2 + turn for i in range(len(radii))]
     return [(0.5 + r * math.cos(a), 0.5 + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
-def _filled(vertices):
+def _filled(vertices: Sequence[tuple[float, float]]) -> Callable[[ImageDraw.ImageDraw, int], None]:
     return lambda draw, side: draw.polygon([(side * x, side * y) for x, y in vertices], fill=255)
 
 
-def _circle(draw, side):
+def _circle(draw: ImageDraw.ImageDraw, side: int) -> None:
     draw.ellipse([0, 0, side, side], fill=255)
 
 
-def _ring(draw, side):
+def _ring(draw: ImageDraw.ImageDraw, side: int) -> None:
     _circle(draw, side)
     draw.ellipse([0.28 * side, 0.28 * side, 0.72 * side, 0.72 * side], fill=0)
 
 
-def _cross(draw, side):
+def _cross(draw: ImageDraw.ImageDraw, side: int) -> None:
     draw.rectangle([0.34 * side, 0, 0.66 * side, side], fill=255)
     draw.rectangle([0, 0.34 * side, side, 0.66 * side], fill=255)
 
@@ -88,8 +96,8 @@ SHAPES = {
 }
 
 
-def draw_mask(rng, name, side):
-    """The shape as a greyscale mask, turned and stretched at random; its longer side is about `side` pixels."""
+def draw_mask(rng: np.random.Generator, name: str, side: int) -> Image.Image:
+    """Returns a shape as a mask of mode L, rotated and stretched at random; its longer side is about `side` pixels."""
     large = SUPERSAMPLE * side
     mask = Image.new("L", (large, large))
     SHAPES[name](ImageDraw.Draw(mask), large)
@@ -103,12 +111,17 @@ def draw_mask(rng, name, side):
 # Images
 
 
-def draw_image(rng):
-    """A PIL image and its objects: dicts of name, box (VOC's 1-based inclusive corners), difficult, truncated."""
+def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any]]]:
+    """Draws an image with up to seven objects.
+
+    Returns:
+        An RGB image, and its objects: dicts of name, box (xmin, ymin, xmax, ymax, in whole pixels that count from 1 and
+        belong to the object, as in VOC), difficult and truncated.
+    """
     width, height = (int(side) for side in rng.integers(280, 401, size=2))
     image = draw_background(rng, width, height)
     owner = np.full((height, width), -1)  # which object each pixel shows
-    drawn = []  # (name, pixels it would show alone and whole)
+    drawn = []  # (name, number of pixels it would have alone and inside of the frame)
     count = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, 8))
     for number in range(count):
         name = str(rng.choice(list(SHAPES)))
@@ -130,8 +143,14 @@ def draw_image(rng):
     return image, [one for one in objects if one is not None]
 
 
-def describe_object(visible, name, pixels):
-    """The annotation of an object of which `visible` (H, W) bool is seen; None if that is next to nothing."""
+def describe_object(visible: np.ndarray, name: str, pixels: int) -> dict[str, Any] | None:
+    """Returns the annotation of an object, as in draw_image; None if less than a tenth of it is visible.
+
+    Args:
+        visible: (H, W) bool, which pixels of the image show it.
+        name: of its class.
+        pixels: number of pixels it would have alone and inside of the frame.
+    """
     share = visible.sum() / pixels
     if share < 0.1:
         return None
@@ -146,8 +165,8 @@ def describe_object(visible, name, pixels):
     }
 
 
-def draw_background(rng, width, height):
-    """Blurred patches of colour, strokes and specks: something to tell objects from."""
+def draw_background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Returns an RGB image of blurred patches of colour and strokes, from which objects have to be told."""
     coarse = rng.integers(0, 256, size=(int(rng.integers(3, 9)), int(rng.integers(3, 9)), 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
@@ -158,8 +177,14 @@ def draw_background(rng, width, height):
     return image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.5))))
 
 
-def to_xml(name, size, objects):
-    """A VOC annotation."""
+def to_xml(name: str, size: tuple[int, int], objects: Sequence[dict[str, Any]]) -> str:
+    """Returns a VOC annotation.
+
+    Args:
+        name: of the image, without its ending.
+        size: (width, height) in pixels.
+        objects: as draw_image returns them.
+    """
     width, height = size
     lines = [f"<annotation><folder>synthetic</folder><filename>{escape(name)}.jpg</filename>"]
     lines.append(f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>")
