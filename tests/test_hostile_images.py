@@ -102,6 +102,7 @@ def test_only_formats_that_decode_their_own_pixels_are_opened(tmp_path):
     assert not (tmp_path / "written").exists()
 
 
+@pytest.mark.usefixtures("no_check_picture")
 def test_a_data_list_leaves_them_out(tmp_path, capsys):
     images, labels = tmp_path / "images" / "train", tmp_path / "labels" / "train"
     images.mkdir(parents=True)
@@ -118,6 +119,16 @@ def test_a_data_list_leaves_them_out(tmp_path, capsys):
     listed = (tmp_path / "out" / "train.json").read_text()
     assert [name for name in attacks if f"{name}.jpg" in listed] == ["good", "good2"]
     assert "no image" in capsys.readouterr().out
+    assert not (tmp_path / "written").exists()
+
+
+def test_the_endpoint_refuses_them_before_the_network(tmp_path):
+    app = pytest.importorskip("app")
+    service = app.Service(None, app.Limits())
+    attack, cut = iptc(post_script(tmp_path / "written")), encoded(IMAGE, "JPEG")[:400]
+    for data, said in ((attack, "is no image that can be read"), (cut, "is damaged")):
+        with pytest.raises(DataError, match=f"a.jpg {said}"):
+            service.run_network(data, "a.jpg")
     assert not (tmp_path / "written").exists()
 
 
