@@ -4,6 +4,7 @@
     python create_data_lists.py --voc VOCdevkit/VOC2007 VOCdevkit/VOC2012 --splits trainval test --out data/voc0712
     python create_data_lists.py --coco train.json val.json --images train2017 val2017 --splits train val --out data/coco
     python create_data_lists.py --yolo mydata/data.yaml --splits train val --out data/mine
+    python create_data_lists.py --voc mine --out data/mine  # images and XML files without splits
     python create_data_lists.py --download voc2007 voc2012 --splits trainval test --out data/voc0712
 
 Every annotation is parsed and every image decoded. Boxes that leave the image are clipped to it; boxes, objects and
@@ -11,6 +12,9 @@ images that cannot be used are left out; all are counted in a table and named in
 classes, box sizes and aspects beside the priors. No lists are made of a split without objects (unless --unlabelled), or
 of one that loses more than half of its objects (unless --allow-loss); --strict makes none if anything was
 left out or changed.
+
+Data without splits are divided into train and val: each class by --val-share, the same way for the same --seed, and
+near-duplicates, frames of one video and Roboflow's copies of a photograph together.
 """
 
 import argparse
@@ -26,15 +30,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fpnssd.data.annotations import Problem, Record, SplitAnnotations, name_problem, read_lines, relative_path
+from fpnssd.data.annotations import ALL, Problem, Record, SplitAnnotations, name_problem, read_lines, relative_path
 from fpnssd.data.check_report import Report, describe_splits, format_report, write_report
-from fpnssd.data.checks import ACTIONS, LEFT_OUT, NOTED, CheckedImage, Split, check_image, finish_splits
+from fpnssd.data.checks import (
+    LEFT_OUT,
+    NOTED,
+    CheckResult,
+    Split,
+    check_image,
+    collect_results,
+    count_left_out,
+    finish_splits,
+)
 from fpnssd.data.coco import read_coco
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
+from fpnssd.data.split import VAL_SHARE, divide_results, undivided
 from fpnssd.data.threads import map_in_threads
-from fpnssd.data.voc import DOWNLOADS, VOC_CLASSES, download_voc, read_voc
-from fpnssd.data.yolo import read_yolo
+from fpnssd.data.voc import DOWNLOADS, VOC_CLASSES, download_voc, find_voc_splits, read_voc
+from fpnssd.data.yolo import find_yolo_splits, read_yolo
 from utils import InputError, check_outputs, escape_unprintable, whole_number, write_text
 
 
@@ -54,14 +68,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_outputs(outputs_of(args), [*(args.coco or ()), args.yolo, args.classes], args.overwrite)
         if args.download:
             args.voc = [download_voc(name, Path(args.root)) for name in args.download]
+        names, val_share = choose_splits(args)
         known = None  # classes that the data itself names, with their ids
         if args.voc:
-            found = [read_voc(args.voc, split, args.unlabelled) for split in args.splits]
+            whole = len(names) == 1 and not find_voc_splits(args.voc)
+            found = [read_voc(args.voc, split, args.unlabelled, whole) for split in names]
         elif args.coco:
-            found, known = read_coco(args.coco, args.splits, args.images)
+            found, known = read_coco(args.coco, names, args.images)
         else:
-            found, known = read_yolo(args.yolo, args.splits, args.unlabelled)
+            found, known = read_yolo(args.yolo, names, args.unlabelled)
         options = {"unlabelled": args.unlabelled, "allow_loss": args.allow_loss}
+        options |= {"val_share": val_share, "seed": args.seed}
         create_data_lists(found, Path(args.out), known, args.classes, args.strict, args.image_size, **options)
     except (InputError, OSError) as error:
         sys.exit(f"create_data_lists: {error}")
@@ -78,7 +95,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--coco", nargs="+", type=Path, metavar="JSON", help="a file for each of --splits")
     source.add_argument("--yolo", type=Path, metavar="PATH", help="data.yaml, obj.data or classes.txt, or its folder")
     source.add_argument("--download", nargs="+", choices=DOWNLOADS, help="fetch these and read them as --voc")
-    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="their names (train val)")
+    parser.add_argument("--splits", nargs="+", help="their names (train val, or what the data has to divide)")
+    parser.add_argument(
+        "--val-share", type=share, metavar="SHARE", help="divide the data into train and val, this share of each class"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of that division (0)")
     parser.add_argument("--images", nargs="+", type=Path, metavar="FOLDER", help="for --coco: one, or one for each")
     parser.add_argument("--root", default="data", help="where --download puts its VOCdevkit (data)")
     parser.add_argument("--out", required=True, help="folder that gets SPLIT.json for each split")
@@ -96,15 +117,49 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="write no lists if anything is left out or changed")
     parser.add_argument("--image-size", type=whole_number(1), default=300, help="of the network, for the check (300)")
     args = parser.parse_args(argv)
-    if len(set(args.splits)) < len(args.splits):
+    if args.splits and len(set(args.splits)) < len(args.splits):
         parser.error(f"--splits names one twice: {' '.join(args.splits)}")
+    if args.splits and args.val_share and len(args.splits) > 1:
+        parser.error("--val-share divides one split: name that alone with --splits")
     return args
+
+
+def share(text: str) -> float:
+    """An argparse type: a number between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def choose_splits(args: argparse.Namespace) -> tuple[list[str], float | None]:
+    """The splits to read, and the share of val where there is one, to be divided into train and val.
+
+    Raises:
+        InputError: --val-share is given for data that has several splits, and no --splits says which is meant.
+    """
+    if args.splits:
+        return args.splits, args.val_share
+    if args.coco:
+        there = {"train", "val"} if len(args.coco) > 1 else set()
+    else:
+        there = find_yolo_splits(args.yolo) if args.yolo else find_voc_splits(args.voc)
+    if (name := undivided(there)) is None:
+        if args.val_share is not None:
+            raise InputError(f"--val-share: say with --splits which of {', '.join(sorted(there))} is to be divided")
+        return ["train", "val"], None
+    if name == ALL:
+        print("the data has no splits: train and val are made of it")
+    else:
+        print(f"the data has no val: its split {name!r} is divided into train and val")
+    return [name], VAL_SHARE if args.val_share is None else args.val_share
 
 
 def outputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """(kind, path) of each file that will be written, for utils.check_outputs."""
     out = Path(args.out)
-    lists = [("data list", out / f"{split}.json") for split in args.splits]
+    names = args.splits if args.splits and args.val_share is None else ["train", "val"]
+    lists = [("data list", out / f"{name}.json") for name in names]
     return [("check", out / "check.json"), ("picture", out / "check.png"), *lists]
 
 
@@ -117,6 +172,9 @@ def create_data_lists(
     image_size: int = 300,
     unlabelled: bool = False,
     allow_loss: bool = False,
+    val_share: float | None = None,
+    seed: int = 0,
+    picture: bool = True,
 ) -> Report:
     """Checks the splits that a reader returned and writes OUT/SPLIT.json for each, all or none, and check.json, .png.
 
@@ -129,6 +187,9 @@ def create_data_lists(
         image_size: of the network, for the statistics.
         unlabelled: allow splits without objects.
         allow_loss: allow splits that lost more than half of their objects.
+        val_share: of each class, in 0..1, to divide what was found into train and val; None keeps its splits.
+        seed: of that division.
+        picture: also draw OUT/check.png.
 
     Returns:
         The report, as check.json holds it.
@@ -136,7 +197,13 @@ def create_data_lists(
     Raises:
         DataError: a list cannot be made, or one of the rules above forbids it.
     """
-    splits = [check_split(part, image_size) for part in found]
+    splits: list[Split] = []
+    for part in found:
+        results = check_images(part, image_size)
+        if val_share is None:
+            splits.append(collect_results(part.name, part, results))
+        else:
+            splits += divide_results(part, results, val_share, seed)
     if not any(split.images for split in splits):
         problems = [problem for split in splits for problem in split.problems]
         raise DataError(f"no image can be used ({len(problems)} problems): {problems[0].kind}: {problems[0].where}")
@@ -144,7 +211,7 @@ def create_data_lists(
     splits = finish_splits(splits, classes.names, classes.sources)
     report = describe_splits(splits, classes.names, image_size)
     print(format_report(report))
-    write_report(report, out)
+    write_report(report, out, picture)
     print(f"{out / 'check.json'} names every one of these; {out / 'check.png'} shows sizes and aspects")
     empty = [split.name for split in splits if not split.images]
     if empty:
@@ -212,13 +279,11 @@ def reasons(split: Split) -> str:
     return ": " + "; ".join(parts) if parts else ""
 
 
-def check_split(found: SplitAnnotations, image_size: int) -> Split:
+def check_images(found: SplitAnnotations, image_size: int) -> list[CheckResult]:
     """Reads and checks all images of a split, in threads."""
-    split = Split(found.name, found.image_root, [], list(found.problems), given=len(found.records))
-    split.annotated = count_left_out(found.problems)
     start = time.perf_counter()
 
-    def check(parse: Callable[[], Record]) -> tuple[CheckedImage | None, list[Problem], int | None]:
+    def check(parse: Callable[[], Record]) -> CheckResult:
         try:
             record = parse()
         except DataError as error:
@@ -227,21 +292,10 @@ def check_split(found: SplitAnnotations, image_size: int) -> Split:
         return *check_image(record, found.image_root, image_size), annotated
 
     results = map_in_threads(check, found.records)  # decoding leaves Python's lock
-    bar = tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image")
-    for image, problems, annotated in bar:
-        split.problems += problems
-        split.unread += annotated is None
-        split.annotated += annotated or 0
-        if image is not None:
-            split.images.append(image)
+    checked = list(tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"))
     seconds, count = time.perf_counter() - start, len(found.records)
     print(f"{found.name}: {count} images checked in {seconds:.1f} s ({1e4 * seconds / max(1, count):.0f} s per 10,000)")
-    return split
-
-
-def count_left_out(problems: list[Problem]) -> int:
-    """How many objects a reader already left out."""
-    return sum(ACTIONS[problem.kind] == "object left out" for problem in problems)
+    return checked
 
 
 # ---------------------------------------------------------------------------------------------------------------------

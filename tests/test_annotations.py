@@ -104,6 +104,8 @@ def test_three_forms_train(three_forms, form, tmp_path, monkeypatch):
         content["images"] = content["images"][:8]
         ids = {image["id"] for image in content["images"]}
         content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+        root = three_forms / form / content["info"]["image_root"]  # seen from there
+        content["info"]["image_root"] = str(root.resolve())
         small[split] = content
     (tmp_path / "small").mkdir()
     for split, content in small.items():

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from fpnssd.data.images import DataError
 
+ALL = "all"  # the name of all images together, where a data set has no splits
 NOT_GIVEN = {"", "none", "null", "unspecified", "unknown"}  # None as a text, and what tools write for it
 _NOT_IN_XML = re.compile("[\x00-\x08\x0a-\x1f\ufffe\uffff]")
 

@@ -180,7 +180,8 @@ def draw_report(report: Report, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def write_report(report: Report, out: Path) -> None:
-    """Writes check.json and check.png in the folder `out`."""
+def write_report(report: Report, out: Path, picture: bool = True) -> None:
+    """Writes check.json and, if `picture`, check.png in the folder `out`."""
     write_text(out / "check.json", json.dumps(report, indent=1), "check")
-    draw_report(report, out / "check.png")
+    if picture:
+        draw_report(report, out / "check.png")

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fpnssd.data.annotations import Problem, RawObject, Record, name_problem
+from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, name_problem
 from fpnssd.data.images import DataError, open_image, orientation, to_rgb, upright
+from fpnssd.data.near_duplicates import SAME_SCENE, describe, nearest
 
 Box = tuple[float, float, float, float]
 
@@ -64,6 +65,7 @@ NOTED = {
     "image with transparency": "filled with the mean colour",
     "animated image": "its first frame is used",
     "image twice in the split": "kept",
+    "image nearly in a later split too": "kept: the later split's score is too good",
     "image without objects": "kept: it teaches background",
     "image without a label file": "kept: it teaches background",
     "label file is empty": "kept: the image teaches background",
@@ -87,6 +89,12 @@ class CheckedImage:
     objects: list[RawObject]  # boxes in pixels, clipped
     digest: bytes  # of the decoded pixels
     image_id: int | str | None
+    descriptor: np.ndarray  # (480,) float16, see near_duplicates.describe
+
+
+CheckResult = tuple[CheckedImage | None, list[Problem], int | None]
+"""Of one image: what goes into the list, None if it cannot be used; its problems; its objects as annotated, None if
+the annotation cannot be read."""
 
 
 @dataclass
@@ -140,7 +148,8 @@ def check_image(record: Record, image_root: Path, image_size: int = 300) -> tupl
     objects, box_problems = check_objects(record, size, image_size)
     problems += [Problem(kind, f"{record.annotation}: {text}") for kind, text in box_problems]
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt=f"{size[1]}".encode()).digest()
-    return CheckedImage(record.file_name, size, apply_exif, objects, digest, record.image_id), problems
+    descriptor = describe(pixels).astype(np.float16)
+    return CheckedImage(record.file_name, size, apply_exif, objects, digest, record.image_id, descriptor), problems
 
 
 def kinds_of_image(image: Image.Image) -> Iterator[str]:
@@ -243,8 +252,32 @@ def check_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str | None]:
 # All images
 
 
+def collect_results(name: str, found: SplitAnnotations, results: Sequence[CheckResult]) -> Split:
+    """A split of checked images.
+
+    Args:
+        name: of the split.
+        found: what the reader returned: the images' folder, and problems that belong to no image.
+        results: of the split's images.
+    """
+    split = Split(name, found.image_root, [], list(found.problems), given=len(results))
+    split.annotated = count_left_out(found.problems)
+    for image, problems, annotated in results:
+        split.problems += problems
+        split.unread += annotated is None
+        split.annotated += annotated or 0
+        if image is not None:
+            split.images.append(image)
+    return split
+
+
+def count_left_out(problems: Sequence[Problem]) -> int:
+    """How many objects a reader already left out."""
+    return sum(ACTIONS[problem.kind] == "object left out" for problem in problems)
+
+
 def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapping[str, str]) -> list[Split]:
-    """Checks all images together: the same image twice, classes without objects.
+    """Checks all images together: the same image twice or nearly so, classes without objects.
 
     Args:
         splits: in the order of the command line; an image in two of them stays in the later one.
@@ -283,5 +316,23 @@ def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapp
         there = {one.name for image in images for one in image.objects}
         problems += [Problem("class without objects", name) for name in classes if name not in there]
         later |= {digest: f"{split.name}'s {file_name}" for digest, file_name in seen.items()}
+        problems += near_problems(split.name, images, finished)
         finished.append(replace(split, images=images, problems=problems))
     return finished[::-1]
+
+
+def near_problems(name: str, images: Sequence[CheckedImage], later: Sequence[Split]) -> list[Problem]:
+    """A problem for each of a split's images that shows nearly what an image of a later split shows."""
+    others = [(split.name, image) for split in later for image in split.images]
+    if not images or not others:
+        return []
+    rows, similarity, mirrored = nearest(
+        np.stack([image.descriptor for image in images]), np.stack([image.descriptor for _, image in others])
+    )
+    problems = []
+    for place in np.flatnonzero(similarity >= SAME_SCENE):
+        split, other = others[rows[place]]
+        nearly = "nearly the mirror image of" if mirrored[place] else "nearly"
+        sentence = f"{name}'s {images[place].file_name} is {nearly} {split}'s {other.file_name}"
+        problems.append(Problem("image nearly in a later split too", f"{sentence} ({similarity[place]:.2f})"))
+    return problems

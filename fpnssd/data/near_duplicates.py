@@ -19,6 +19,7 @@ GRID = 16  # cells a side
 # dark corners, and the pairs between 0.65 and 0.7 are half and half. Of 80 photographs, copies of JPEG quality 30, of
 # a third of the size or of another gamma stay above 0.97, copies that lost 4 % at one side above 0.72.
 SAME_SCENE = 0.65
+COLUMNS = 4096  # descriptors that are compared with at a time
 
 
 def describe(image: Image.Image) -> np.ndarray:
@@ -54,18 +55,78 @@ def near_pairs(
         first: descriptors (n, 480).
         second: descriptors (m, 480) to compare them with; None compares the first with each other, each pair once.
         threshold: least similarity, the cosine of two descriptors.
-        rows: of `first` that are compared at a time; memory is rows * m * 4 bytes.
+        rows: of `first` that are compared at a time.
 
     Yields:
-        (row of first, row of second, similarity, whether one is mirrored), in the order of the rows.
+        (row of first, row of second, similarity, whether one is mirrored), in the order of the rows for up to `COLUMNS`
+        descriptors in `second`, and in that of the blocks otherwise.
     """
-    others = first if second is None else second
-    mirrored = mirror(others)
-    for start in range(0, len(first), rows):
-        part = first[start : start + rows]
-        plain, turned = part @ others.T, part @ mirrored.T
-        best = np.maximum(plain, turned)
+    for start, column, best, turned in _similarities(first, first if second is None else second, rows):
+        near = best >= threshold
         if second is None:
-            best[np.arange(len(others)) <= np.arange(start, start + len(part))[:, None]] = -1
-        for row, other in np.argwhere(best >= threshold).tolist():
-            yield start + row, other, float(best[row, other]), bool(turned[row, other] > plain[row, other])
+            near &= np.arange(column, column + best.shape[1]) > np.arange(start, start + len(best))[:, None]
+        for row, other in zip(*map(np.ndarray.tolist, np.nonzero(near)), strict=True):
+            yield start + row, column + other, float(best[row, other]), bool(turned[row, other])
+
+
+def nearest(first: np.ndarray, second: np.ndarray, rows: int = 1024) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each picture of `first` the most similar one of `second`, as it is or mirrored.
+
+    Args:
+        first: descriptors (n, 480).
+        second: descriptors (m, 480), m at least 1.
+        rows: of `first` that are compared at a time.
+
+    Returns:
+        (n,) int64 rows of `second`; (n,) float32 similarities; (n,) bool: whether one is mirrored.
+    """
+    count = len(first)
+    found, similarity, mirrored = np.zeros(count, np.int64), np.full(count, -2, np.float32), np.zeros(count, bool)
+    for start, column, best, turned in _similarities(first, second, rows):
+        part, others = slice(start, start + len(best)), best.argmax(axis=1)
+        each = np.arange(len(best))
+        better = best[each, others] > similarity[part]
+        found[part] = np.where(better, column + others, found[part])
+        mirrored[part] = np.where(better, turned[each, others], mirrored[part])
+        similarity[part] = np.where(better, best[each, others], similarity[part])
+    return found, similarity, mirrored
+
+
+def group_near(descriptors: np.ndarray, groups: np.ndarray, threshold: float = SAME_SCENE) -> np.ndarray:
+    """Joins the groups of pictures that are nearly the same, as they are or mirrored.
+
+    Two pictures without any likeness end in one group if others between them are like both, as in a video.
+
+    Args:
+        descriptors: (n, 480), float16 or float32.
+        groups: (n,) int64, what is in one group already. Numbers are those of the first picture in the group.
+        threshold: least similarity.
+
+    Returns:
+        (n,) int64, the new groups, numbered in the same way.
+    """
+    groups = groups.copy()
+    for start, column, best, _ in _similarities(descriptors, descriptors):
+        near = best >= threshold
+        for row in np.flatnonzero(near.any(axis=1)):
+            together = np.unique(np.append(groups[column + np.flatnonzero(near[row])], groups[start + row]))
+            if len(together) > 1:
+                groups[np.isin(groups, together)] = together[0]
+    return groups
+
+
+def _similarities(
+    first: np.ndarray, second: np.ndarray, rows: int = 1024
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Compares descriptors block by block, so that memory stays bounded.
+
+    Yields:
+        (first row, first column, similarities (rows, columns) as they are or mirrored, which are of mirrored pictures).
+    """
+    for start in range(0, len(first), rows):
+        part = first[start : start + rows].astype(np.float32)
+        mirrored = mirror(part)
+        for column in range(0, len(second), COLUMNS):
+            others = second[column : column + COLUMNS].astype(np.float32).T
+            plain, turned = part @ others, mirrored @ others
+            yield start, column, np.maximum(plain, turned), turned > plain

@@ -3,7 +3,8 @@
     read_voc(["VOCdevkit/VOC2012"], "train")  # a SplitAnnotations
 
 A VOC folder holds Annotations/NAME.xml, JPEGImages/NAME.jpg (or another image ending) and ImageSets/Main/SPLIT.txt, the
-names of a split's images. Roboflow's export is read too: a folder SPLIT with XML files beside the images.
+names of a split's images. Roboflow's export is read too: a folder SPLIT with XML files beside the images; and, as a
+whole, folders without split files, as labelling tools write them.
 """
 
 import codecs
@@ -31,6 +32,7 @@ from fpnssd.data.annotations import (
     relative_path,
 )
 from fpnssd.data.images import DataError, is_image_name
+from fpnssd.data.yolo_labels import IMAGE_FOLDERS
 
 # fmt: off
 VOC_CLASSES = (
@@ -40,6 +42,7 @@ VOC_CLASSES = (
 # fmt: on
 
 DOWNLOADS = {"voc2007": ("trainval", "test"), "voc2012": ("trainval",)}  # the image sets that have archives
+ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "label", "xmls", "xml")  # of data sets without split files
 COMMON_ENDINGS = (".jpg", ".jpeg", ".png")  # of several files with one name the first of these is taken
 
 
@@ -53,30 +56,39 @@ class VocFolder:
     Args:
         folder: the VOC folder.
         split: the split's name.
+        whole: take all images of a folder without split files: XML files and images in one folder, or in two such as
+            Annotations and images.
 
     Raises:
         DataError: the folder has neither VOC's layout nor a folder of the split's name with XML files.
     """
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
+    def __init__(self, folder: Path, split: str, whole: bool = False):
+        self.folder, self.split, self.whole = folder, split, whole
         self.annotations, self.images = folder / "Annotations", folder / "JPEGImages"
         self.split_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         self._files: dict[str, dict[str, Path]] = {}  # folder -> image files by their names with and without ending
         self.flat = not self.annotations.exists() and any((folder / split).glob("*.xml"))
         if self.flat:
             self.annotations = self.images = folder / split
+        if whole:
+            self.annotations, self.images = whole_folders(folder)
+            return
         for part in () if self.flat else (self.annotations, self.split_file.parent, self.images):
             if not part.is_dir():
-                raise DataError(f"{folder} is no VOC folder: it has no {part.relative_to(folder).as_posix()}")
+                raise DataError(
+                    f"{folder} is no VOC folder: it has no {part.relative_to(folder).as_posix()}. Without --splits, "
+                    "XML files and images of any folder are divided into train and val"
+                )
 
     def has_split(self) -> bool:
-        return self.flat or self.split_file.is_file()
+        return self.whole or self.flat or self.split_file.is_file()
 
     def names(self) -> list[str]:
         """The split's images, without endings, as the split file orders them."""
-        if self.flat:
-            files = (file for file in self.images.iterdir() if file.suffix.lower() == ".xml" or is_image_name(file))
+        if self.flat or self.whole:
+            entries = (file for folder in {self.annotations, self.images} for file in folder.iterdir())
+            files = (file for file in entries if file.suffix.lower() == ".xml" or is_image_name(file))
             return sorted({file.stem for file in files if not file.name.startswith("._")})
         return [self.name_in(line) for line in read_lines(self.split_file)]
 
@@ -106,6 +118,38 @@ class VocFolder:
         return self._files[folder].get(name)
 
 
+def whole_folders(folder: Path) -> tuple[Path, Path]:
+    """The folders of the XML files and of the images of a data set without split files; DataError where one lacks."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder")
+    below = {entry.name.lower(): entry for entry in sorted(folder.iterdir(), reverse=True) if entry.is_dir()}
+    places = [folder, *(below[name] for name in ANNOTATION_FOLDERS if name in below)]
+    annotations = next((place for place in reversed(places) if any(place.glob("*.xml"))), None)
+    if annotations is None:
+        raise DataError(f"{folder} has no XML files: not in itself, nor in a folder Annotations")
+    places = [*(below[name] for name in sorted(IMAGE_FOLDERS) if name in below), folder, annotations]
+    for place in places:
+        if images_by_name(str(place)):
+            return annotations, place
+    raise DataError(f"{folder} has no images: not in itself, nor in a folder JPEGImages or images")
+
+
+def find_voc_splits(folders: Iterable[str | Path]) -> set[str]:
+    """The splits that VOC folders have: files in ImageSets/Main, or Roboflow's folders with XML files and images."""
+    names: set[str] = set()
+    for folder in map(Path, folders):
+        here = {file.stem for file in (folder / "ImageSets" / "Main").glob("[!.]*.txt")}
+        names |= {
+            name for name in here if not any(name.endswith(f"_{other}") for other in here)
+        }  # dog_train is a class's
+        if not here and not (folder / "Annotations").exists():
+            parts = {
+                file.parent for file in folder.glob("*/*.xml") if file.parent.name.lower() not in ANNOTATION_FOLDERS
+            }
+            names |= {part.name for part in parts if images_by_name(str(part))}
+    return names
+
+
 def without_image_ending(name: str) -> str:
     return os.path.splitext(name)[0] if is_image_name(name) else name
 
@@ -121,13 +165,16 @@ def images_by_name(folder: str) -> dict[str, Path]:
     return {path.stem: path for path in reversed(entries)} | {path.name: path for path in entries}
 
 
-def read_voc(folders: Iterable[str | Path], name: str, unlabelled: bool = False) -> SplitAnnotations:
+def read_voc(
+    folders: Iterable[str | Path], name: str, unlabelled: bool = False, whole: bool = False
+) -> SplitAnnotations:
     """Reads which images a split has in one or several VOC folders.
 
     Args:
         folders: VOC folders. Those without the split are passed over with a note.
         name: the split, as in ImageSets/Main/NAME.txt.
         unlabelled: images may lack an annotation, as in VOC's test sets; they have no objects.
+        whole: take all images of folders without split files.
 
     Returns:
         The split. Its records parse the XML files when called.
@@ -135,7 +182,7 @@ def read_voc(folders: Iterable[str | Path], name: str, unlabelled: bool = False)
     Raises:
         DataError: a folder is no VOC folder, none has the split, or it is empty.
     """
-    sources = [VocFolder(Path(folder), name) for folder in folders]
+    sources = [VocFolder(Path(folder), name, whole) for folder in folders]
     if not any(source.has_split() for source in sources):
         there = sorted({file.stem for source in sources for file in source.split_file.parent.glob("[!.]*.txt")})
         missing = sources[0].split_file

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, read_lines, relative_path
 from fpnssd.data.images import DataError
-from fpnssd.data.yolo_config import YoloConfig, normalize_path, read_config
+from fpnssd.data.yolo_config import SAME_SPLIT, YoloConfig, normalize_path, read_config
 from fpnssd.data.yolo_labels import LabelFinder
 
 OUT_OF_UNIT = (-1.0, 2.0)  # a box that leaves its image by more is not in 0..1 of it
@@ -57,6 +57,16 @@ def read_yolo(
         owner = next(split for split, its in zip(splits, folders, strict=True) if file.parent in its)
         owner.problems.append(Problem("label file without an image", str(file)))
     return splits, {name: number for number, name in config.classes.items()}
+
+
+def find_yolo_splits(path: Path) -> set[str]:
+    """The splits that a data set has, for `read_yolo`'s path; one for two that lie in the same place."""
+    config = read_config(path)
+    if config.in_folders:
+        return {name for name in ("train", *SAME_SPLIT) if config.folder_of(name)}
+    names = {name for name, places in config.splits.items() if places}
+    same = {name for name in SAME_SPLIT if name in names and config.splits[name] == config.splits.get("train")}
+    return names - same
 
 
 def _find_images(config: YoloConfig, names: Sequence[str]) -> dict[str, list[Path]]:

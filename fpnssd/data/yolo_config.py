@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from fpnssd.data.annotations import read_lines
+from fpnssd.data.annotations import ALL, read_lines
 from fpnssd.data.images import DataError, find_images
 
 MAX_BYTES = 2**20  # of a data.yaml; PyYAML reads about 100 kB a second
@@ -99,20 +99,26 @@ class YoloConfig:
 
     def _places(self, name: str, others: int) -> list[str]:
         """The folders and text files of a split, as the file writes them."""
+        alike = SAME_SPLIT if name in SAME_SPLIT else ()
+        if name == ALL and not self.splits:
+            return ["."]
         if self.in_folders:
-            options = (name, f"images/{name}", f"{name}.txt")
-            place = next((option for option in options if (self.root / option).exists()), None)
+            place = next((place for one in (name, *alike) if (place := self.folder_of(one))), None)
             if place is None and others:
                 raise DataError(
-                    f"no split {name!r}: {self.path} names classes alone, and {self.root} has no "
-                    f"{' or '.join(options)}; --splits with one name takes all images as that split"
+                    f"no split {name!r}: {self.path} names classes alone, and {self.root} has no {name} or "
+                    f"images/{name} or {name}.txt; --splits with one name takes all images as that split"
                 )
             return [place or "."]
-        alike = SAME_SPLIT if name in SAME_SPLIT else ()
         key = next((key for key in (name, *alike) if self.splits.get(key)), None)
         if key is None:
             raise DataError(f"no split {name!r} in {self.path}; it has {', '.join(self.splits) or 'none'}")
         return self.splits[key]
+
+    def folder_of(self, name: str) -> str | None:
+        """The folder or list of images, seen from the root, that is called like a split; None where there is none."""
+        options = (name, f"images/{name}", f"{name}.txt")
+        return next((option for option in options if (self.root / option).exists()), None)
 
 
 def read_config(path: Path) -> YoloConfig:
