@@ -222,7 +222,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
     ids = inputs if isinstance(inputs, frozenset) else file_ids(path for path in inputs if path)
     seen: set[str] = set()
     for kind, name in outputs:
-        if name is None or str(name) == "-" or is_special(Path(name)) or str(name).startswith("/dev/fd/"):
+        if name is None or str(name) == "-" or is_special(Path(name)) or _descriptor_number(name) is not None:
             continue
         path = Path(name)
         if (real := os.path.realpath(path)) in seen:
@@ -304,7 +304,12 @@ def _open_descriptor(path: Path) -> int | None:
 
     A copy shares the position in the file that standard output may be redirected to: opening it anew would not.
     """
-    number = {"/dev/stdout": "1", "/dev/stderr": "2"}.get(str(path))
+    number = _descriptor_number(path)
+    return None if number is None else os.dup(number)
+
+
+def _descriptor_number(path: str | Path) -> int | None:
+    """The number of the open descriptor that /dev/stdout, /dev/stderr or /dev/fd/N stands for; None for other paths."""
     if match := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path)):
-        number = match[1]
-    return None if number is None else os.dup(int(number))
+        return int(match[1])
+    return {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
