@@ -212,12 +212,13 @@ class FPNSSD(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"the model takes images (B, 3, {side}, {side}), not {tuple(images.shape)}")
         levels = self.fpn(self.backbone((images.float() - self.pixel_mean) / self.pixel_std))
+        batch = images.shape[0]  # len(images) would become a constant in exported files
         offsets, logits = [], []
         for level, box_head, class_head in zip(levels, self.box_heads, self.class_heads, strict=True):
             # (B, A * K, H, W) -> (B, H * W * A, K): the order of the priors
-            offsets.append(box_head(level).permute(0, 2, 3, 1).reshape(len(images), -1, 4))
+            offsets.append(box_head(level).permute(0, 2, 3, 1).reshape(batch, -1, 4))
             class_scores = class_head(level).permute(0, 2, 3, 1)
-            logits.append(class_scores.reshape(len(images), -1, len(self.config.classes) + 1))
+            logits.append(class_scores.reshape(batch, -1, len(self.config.classes) + 1))
         return torch.cat(offsets, dim=1).float(), torch.cat(logits, dim=1).float()
 
 
