@@ -291,6 +291,7 @@ def config_hash(config, variant):
     if peer_of(variant):
         code = ast.unparse(ast.parse(Path(__file__).with_name("peers.py").read_text(encoding="utf-8")))  # no comments
         values["peers.py"] = hashlib.sha256(code.encode()).hexdigest()
+    values = {name.replace("backbone", "trunk"): value for name, value in values.items()}  # as in the first rows
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -1,5 +1,6 @@
 """What several test files build on: where the real photographs are, and a small data set drawn once."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from create_data_lists import create_data_lists
 from fpnssd.data import check_report
 from fpnssd.data.synthetic import draw_dataset
 from fpnssd.data.voc import read_voc
+from utils import write_text
 
 CHROMIUM = "/usr/bin/chromium"
 SHARED = Path(os.environ.get("FPNSSD_SHARED", Path(__file__).parents[2] / "shared"))
@@ -38,6 +40,10 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     draw_dataset(folder / "voc", {"train": 12, "val": 6}, seed=3)
     create_data_lists([read_voc([folder / "voc"], split) for split in ("train", "val")], folder)
+    for name in ("train.json", "val.json"):  # absolute, so that tests can copy a list without its images
+        content = json.loads((folder / name).read_text())
+        content["info"]["image_root"] = str(folder / "voc" / "JPEGImages")
+        write_text(folder / name, json.dumps(content), "data list")
     return folder
 
 

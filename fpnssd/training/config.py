@@ -112,8 +112,6 @@ class TrainConfig:
     compile: bool = False  # torch.compile: minutes at the start, faster steps afterwards
 
     def __post_init__(self):
-        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
-            raise InputError(f"run name {self.name!r} has to be a plain folder name")
         for name, minimum in MINIMUM.items():
             if not getattr(self, name) >= minimum:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
@@ -207,7 +205,10 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
     if args.resume:
         name = set_fields(replace(config, **changes), [text for text in args.set if text.startswith("name=")]).name
         config = saved_config(name) or config
-    return set_fields(replace(config, **changes), args.set)
+    config = set_fields(replace(config, **changes), args.set)
+    if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
+        raise InputError(f"run name {config.name!r} has to be a plain folder name")
+    return config
 
 
 def refuse_old_flags(arguments: Iterable[str]) -> None:
