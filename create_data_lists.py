@@ -212,7 +212,8 @@ def create_data_lists(
     report = describe_splits(splits, classes.names, image_size)
     print(format_report(report))
     write_report(report, out, picture)
-    print(f"{out / 'check.json'} names every one of these; {out / 'check.png'} shows sizes and aspects")
+    shown = f"; {out / 'check.png'} shows sizes and aspects" if picture else ""
+    print(f"{out / 'check.json'} names every one of these{shown}")
     empty = [split.name for split in splits if not split.images]
     if empty:
         raise DataError(f"no usable image in {', '.join(empty)}: no list was written")

@@ -13,6 +13,7 @@ from fpnssd.data.voc import read_voc
 from utils import write_text
 
 CHROMIUM = "/usr/bin/chromium"
+DRAW_REPORT = check_report.draw_report
 SHARED = Path(os.environ.get("FPNSSD_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -39,7 +40,7 @@ def drawn(tmp_path_factory):
     """A folder with a drawn VOC folder (voc) of 12 and 6 images, and its data lists (train.json, val.json)."""
     folder = tmp_path_factory.mktemp("drawn")
     draw_dataset(folder / "voc", {"train": 12, "val": 6}, seed=3)
-    create_data_lists([read_voc([folder / "voc"], split) for split in ("train", "val")], folder)
+    create_data_lists([read_voc([folder / "voc"], split) for split in ("train", "val")], folder, picture=False)
     for name in ("train.json", "val.json"):  # absolute, so that tests can copy a list without its images
         content = json.loads((folder / name).read_text())
         content["info"]["image_root"] = str(folder / "voc" / "JPEGImages")
@@ -47,12 +48,18 @@ def drawn(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def no_check_picture():
     """create_data_lists draws no check.png, which takes most of its time on a small data set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check_report, "draw_report", lambda report, path: None)
         yield
+
+
+@pytest.fixture
+def check_picture(monkeypatch):
+    """create_data_lists draws check.png."""
+    monkeypatch.setattr(check_report, "draw_report", DRAW_REPORT)
 
 
 @pytest.fixture

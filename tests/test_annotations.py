@@ -17,8 +17,6 @@ from fpnssd.data.augment import AugmentConfig
 from fpnssd.data.data_list import DataList
 from train import main as train_main
 
-pytestmark = pytest.mark.usefixtures("no_check_picture")
-
 
 def voc_to_coco(voc, split, path):
     """Another way to COCO JSON, by ElementTree: ids that are not 1, 2, 3, boxes as x, y, width, height."""

@@ -21,8 +21,6 @@ from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.data.voc import VOC_CLASSES, read_voc
 
-pytestmark = pytest.mark.usefixtures("no_check_picture")
-
 
 def add_image(voc, name, objects, size=(100, 80), said=None, split="train"):
     """objects: (class, xmin, ymin, xmax, ymax, difficult or None)."""

@@ -240,7 +240,7 @@ def test_sixteen_bits_and_transparency_become_rgb(nasty):
     np.testing.assert_array_equal(grey, np.repeat(expected[..., None], 3, axis=2))
 
 
-def test_strict_refuses_and_keeps_the_old_lists(nasty, tmp_path, capsys):
+def test_strict_refuses_and_keeps_the_old_lists(nasty, check_picture, tmp_path, capsys):
     folder, _ = nasty
     (tmp_path / "train.json").write_text("old")
     with pytest.raises(SystemExit, match=r"--strict: .*1 x image too large.*No list was written"):

@@ -102,7 +102,6 @@ def test_only_formats_that_decode_their_own_pixels_are_opened(tmp_path):
     assert not (tmp_path / "written").exists()
 
 
-@pytest.mark.usefixtures("no_check_picture")
 def test_a_data_list_leaves_them_out(tmp_path, capsys):
     images, labels = tmp_path / "images" / "train", tmp_path / "labels" / "train"
     images.mkdir(parents=True)

@@ -13,8 +13,6 @@ from fpnssd.data.checks import CheckedImage
 from fpnssd.data.near_duplicates import describe
 from fpnssd.data.split import divide_groups, group_images, undivided
 
-pytestmark = pytest.mark.usefixtures("no_check_picture")
-
 
 def scene(seed, size=(96, 64)):
     """A picture that is like no other's."""
