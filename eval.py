@@ -1,6 +1,6 @@
 """Evaluates a checkpoint, or a file of detections, on a data list: VOC and COCO average precision.
 
-python eval.py                                    # the shipped checkpoint on data/voc2012/val.json
+python eval.py --data data/mine                   # the checkpoint that ships; --split val is the default
 python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
 python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
 python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
@@ -125,11 +125,13 @@ def obtain(
     """Detections from a .json file of them, a checkpoint or an exported file.
 
     Returns:
-        One dict an image; and "settings", "seconds" and, of a model, its "configuration", for the report.
+        One dict per image; and "settings", "seconds" and, of a model, its "configuration", for the report.
     """
     if source == args.detections or source.endswith(".json"):
         start = time.perf_counter()
         detections, problems = read_coco(source, data_list, args.skip_bad)
+        for problem, count in problems.items():
+            print(f"warning: {source}: {count} rows left out: {problem}", file=sys.stderr)
         settings = {"detections": str(source), "data_list": data_list.path, "skipped": problems}
         return detections, {"settings": settings, "seconds": {"load": time.perf_counter() - start}}
     detector = load_detector(source, args.device, runtime_of(source), args.precision)

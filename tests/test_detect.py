@@ -99,7 +99,7 @@ def test_command_line(folder, tmp_path, capsys):
 
 def test_photographs_are_never_overwritten(folder, tmp_path):
     before = (folder / "photo.jpg").read_bytes()
-    with pytest.raises(SystemExit, match="is an input of this call"):
+    with pytest.raises(SystemExit, match=r"would replace the input .*photo\.jpg: pass --out FOLDER .* --no-pictures"):
         main([str(folder / "photo.jpg"), "--checkpoint", str(folder / "small.pth.tar"), "--out", str(folder)])
     assert (folder / "photo.jpg").read_bytes() == before
     other = tmp_path / "photo.jpg"
@@ -322,6 +322,9 @@ def test_every_form_of_answer(folder, tmp_path, capsys):
     assert [row["image_id"] for row in coco] == [1] * len(objects) + [2] * len(found[1]["objects"])
     x0, y0, x1, y1 = objects[0]["box"]
     assert coco[0]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+    assert [Path(row["file_name"]).name for row in coco] == ["a.jpg"] * len(objects) + ["b.png"] * len(
+        found[1]["objects"]
+    )
     assert coco[0]["category_id"] == objects[0]["label"]
     # The XML is read back by the reader of annotations, which undoes VOC's counting from one.
     size, raw, _ = parse_voc_xml(tmp_path / "voc-xml" / "a.xml")

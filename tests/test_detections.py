@@ -43,6 +43,30 @@ def test_own_files_score_the_same(tmp_path):
         assert compute_metrics(data_list, again) == compute_metrics(data_list, detections)
 
 
+@pytest.mark.parametrize(
+    ("written", "listed", "same"),
+    [
+        ("photos/a.jpg", "a.jpg", True),  # detect.py writes the path that it was given
+        ("a.jpg", "JPEGImages/a.jpg", True),
+        ("../voc/JPEGImages/a.jpg", "JPEGImages/a.jpg", True),
+        ("C:\\voc\\a.jpg", "a.jpg", True),
+        ("/voc/a.jpg", "/voc/a.jpg", True),
+        ("photos/b.jpg", "a.jpg", False),
+        ("train/a.jpg", "val/a.jpg", False),
+        ("aa.jpg", "a.jpg", False),
+    ],
+)
+def test_rows_of_another_image_are_refused_by_file_name(tmp_path, written, listed, same):
+    data_list = small_list()
+    data_list.file_names = Strings.of(["first.jpg", listed])
+    path = write(tmp_path / "d.json", {**GOOD, "file_name": written})
+    if same:
+        assert len(read_coco(path, data_list)[0][1]["scores"]) == 1
+    else:
+        with pytest.raises(DataError, match="the ids are those of another list"):
+            read_coco(path, data_list)
+
+
 def test_ids_are_the_lists(tmp_path):
     data_list = small_list()
     detections = make_detections([[(BOX, 0.75, 2)], [(OTHER, 0.5, 1), (BOX, 0.25, 2)]])
@@ -66,20 +90,21 @@ def test_detections_come_in_any_order(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"score": math.nan}, "not a finite number"),
-        ({"score": 10**400}, "not a finite number"),
-        ({"bbox": [1, 2, math.inf, 4]}, "not a finite number"),
+        ({"score": math.nan}, "score is not finite"),
+        ({"score": 10**400}, "score is not finite"),
+        ({"bbox": [1, 2, math.inf, 4]}, "bbox is not finite"),
         ({"bbox": [1, 2, -3, 4]}, "negative width or height"),
         ({"bbox": [1, 2, 3]}, "bbox is not four numbers"),
         ({"bbox": ["1", 2, 3, 4]}, "not a dict of image_id"),
         ({"score": None}, "not a dict of image_id"),
         ({"image_id": 51}, "unknown image_id"),
         ({"category_id": 1}, "unknown category_id"),
+        ({"file_name": "other/0.jpg"}, "file_name is not that of the image"),
     ],
 )
 def test_bad_detections_are_named_or_skipped(tmp_path, change, problem):
     path = write(tmp_path / "d.json", GOOD, {**GOOD, **change}, GOOD)
-    with pytest.raises(DataError, match=rf"d\.json: 1 x {problem}.*first number 1, .*--skip-bad"):
+    with pytest.raises(DataError, match=rf"d\.json: 1 x {problem}.*first row 2, .*ids 70, 50.*--skip-bad"):
         read_coco(path, small_list())
     (_, second), problems = read_coco(path, small_list(), skip_bad=True)
     assert len(second["scores"]) == 2
@@ -89,10 +114,10 @@ def test_bad_detections_are_named_or_skipped(tmp_path, change, problem):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no JSON"),
-        pytest.param("[" * 100_000, "no JSON", id="nested"),
-        ("{}", "no list of detections"),
-        ("[1", "no JSON"),
+        ("", "not JSON"),
+        pytest.param("[" * 100_000, "not JSON", id="nested"),
+        ("{}", "not a list of detections"),
+        ("[1", "not JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, said):

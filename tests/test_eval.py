@@ -99,11 +99,12 @@ def test_detections_are_saved_and_scored_again(checkpoint, drawn, tmp_path, caps
     assert all("+0.0  95 % interval +0.0 .. +0.0" in line and "no significant difference" in line for line in lines[1:])
 
 
-def test_bad_detections_are_refused(checkpoint, drawn, tmp_path):
+def test_bad_detections_are_refused(checkpoint, drawn, tmp_path, capsys):
     (tmp_path / "d.json").write_text('[{"image_id": 99, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}]')
     with pytest.raises(SystemExit, match=r"^eval: .*d\.json: 1 x unknown image_id.*--skip-bad"):
         main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn)])
     main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn), "--skip-bad"])
+    assert "d.json: 1 rows left out: unknown image_id" in capsys.readouterr().err
 
 
 def test_a_list_without_objects_has_no_numbers(checkpoint, drawn, tmp_path, capsys):

@@ -75,6 +75,17 @@ def test_intervals_cover_what_they_should():
     assert covered >= 33  # of 40; 38 are expected
 
 
+def test_intervals_stay_in_the_range_of_ap():
+    """Of 4 images, one right: the basic interval, 2 x estimate minus the percentiles, begins below 0."""
+    data_list, detections = half_right(4, {0})
+    one = matched(data_list, detections)
+    estimate = resampled(data_list, one, np.ones((1, 4)))["voc2010_ap50"][0]
+    drawn = resampled(data_list, one, draw_weights(4, 300))["voc2010_ap50"]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert 2 * estimate - high < 0
+    assert intervals(data_list, one, samples=300)["voc2010_ap50"] == (0.0, pytest.approx(2 * estimate - low))
+
+
 def test_compare_tells_a_difference_from_none():
     everything = set(range(100))
     data_list, good = half_right(100, everything - set(range(0, 100, 7)))

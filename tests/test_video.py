@@ -84,7 +84,7 @@ def test_what_is_damaged_is_said_and_the_rest_goes_on(folder, tmp_path, capsys):
 
 def test_a_video_is_never_written_over(folder):
     before = (folder / "clip.mp4").read_bytes()
-    with pytest.raises(SystemExit, match="is an input of this call"):
+    with pytest.raises(SystemExit, match="annotated copy would replace the input"):
         run(folder, folder, folder / "clip.mp4")
     assert (folder / "clip.mp4").read_bytes() == before
 

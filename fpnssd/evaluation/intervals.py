@@ -10,7 +10,7 @@ depend on other images, so detections are matched once, and a resample is a weig
 The intervals are basic bootstrap intervals, 2 x estimate minus the percentiles: AP of few objects is biased upwards, in
 a resample more so, and this form subtracts the bias. Of 95 % intervals for lists of 1,000 and 150 images out of VOC2007
 test, with simulated detections, 88 to 92 % and 55 to 67 % contained the AP of all 4,952 images; of percentile intervals
-13 to 30 % and 0 to 7 % (python -m benchmarks.metrics --coverage). With few objects a class they are too narrow.
+13 to 30 % and 0 to 7 % (python -m benchmarks.metrics --coverage). With few objects per class they are too narrow.
 """
 
 from collections.abc import Sequence
@@ -111,10 +111,15 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
 def intervals(
     data_list: DataList, matched: Matched, samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float] | None]:
-    """The 95 % interval of each of NAMES; None where there is no ground truth. Ends may lie outside 0..1."""
+    """The 95 % interval of each of NAMES, clipped to 0..1; None where there is no ground truth."""
     scores = resampled(data_list, matched, draw_weights(len(data_list), samples, seed))
     estimate = resampled(data_list, matched, np.ones((1, len(data_list))))
-    return {name: _basic_interval(estimate[name][0], values) for name, values in scores.items()}
+    result = {}
+    for name, values in scores.items():
+        interval = _basic_interval(estimate[name][0], values)
+        # A basic interval of few images can leave the range of AP.
+        result[name] = (min(max(interval[0], 0.0), 1.0), min(max(interval[1], 0.0), 1.0)) if interval else None
+    return result
 
 
 def compare(

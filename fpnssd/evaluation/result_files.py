@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -21,33 +21,34 @@ from utils import write_text
 
 
 def write_coco(path: str | Path, data_list: DataList, detections: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Writes COCO's result format: a JSON list of image_id, category_id, bbox (x, y, width, height), score.
+    """Writes COCO's result format: a JSON list of rows with image_id, file_name, category_id, bbox (x, y,
+    width, height) and score. file_name is not part of the format: read_coco uses it to detect files of another list.
 
     Args:
         path: of the file.
         data_list: whose image and category ids are written.
-        detections: one dict (boxes, scores, labels) an image, in the order of the data list.
+        detections: one dict (boxes, scores, labels) per image, in the order of the data list.
     """
     rows = []
     for index, result in enumerate(detections):
-        image_id = data_list.image_id(index)
+        image = {"image_id": data_list.image_id(index), "file_name": data_list.file_names[index]}
         for (x0, y0, x1, y1), score, label in _rows(result):
             box = [x0, y0, x1 - x0, y1 - y0]
             category_id = data_list.category_ids[label - 1]
-            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+            rows.append({**image, "category_id": category_id, "bbox": box, "score": score})
     write_text(path, json.dumps(rows), "COCO results")
 
 
 def write_voc(
     folder: str | Path, data_list: DataList, detections: Sequence[dict[str, torch.Tensor]], split: str
 ) -> None:
-    """Writes comp4_det_SPLIT_CLASS.txt for each class, as VOC's evaluation server takes them: a line a detection with
+    """Writes comp4_det_SPLIT_CLASS.txt for each class, as VOC's evaluation server takes them: a line per detection with
     image name, score, and xmin, ymin, xmax, ymax counted from 1.
 
     Args:
         folder: of the files.
         data_list: the images.
-        detections: one dict (boxes, scores, labels) an image, in the order of the data list.
+        detections: one dict (boxes, scores, labels) per image, in the order of the data list.
         split: for the files' names.
 
     Raises:
@@ -94,32 +95,33 @@ def read_coco(
 
     Args:
         path: of a JSON list, in any order.
-        data_list: whose image and category ids the file uses.
+        data_list: whose image and category ids the file uses. Rows may have a file_name; it has to be that of the image
+            with the row's id.
         skip_bad: leave invalid detections out instead of raising.
 
     Returns:
-        One dict (boxes, scores, labels) an image, in the order of the data list and best first; and how many
+        One dict (boxes, scores, labels) per image, in the order of the data list and best first; and how many
         detections were left out, by reason.
 
     Raises:
-        DataError: names what is wrong with the file, with the number and content of the first invalid detection.
+        DataError: names what is wrong with the file, and the first invalid row: its number, from 1, and content.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}") from None
+        raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no list of detections in COCO's result format, but a {type(rows).__name__}")
+        raise DataError(f"{path} is not a list of detections in COCO's result format, but a {type(rows).__name__}")
     row_of = {data_list.image_id(index): index for index in range(len(data_list))}
     label_of = {category_id: label for label, category_id in enumerate(data_list.category_ids, start=1)}
     kept: list[list[tuple[float, tuple[float, ...], int]]] = [[] for _ in range(len(data_list))]
     problems: Counter[str] = Counter()
     first: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        problem = _problem(row, row_of, label_of)
+    for number, row in enumerate(rows, start=1):
+        problem = _problem(row, row_of, label_of, data_list)
         if problem:
             problems[problem] += 1
-            first.setdefault(problem, f"number {number}, {json.dumps(row):.200}")
+            first.setdefault(problem, f"row {number}, {json.dumps(row):.200}")
             continue
         x, y, width, height = row["bbox"]
         box = (x, y, x + width, y + height)
@@ -128,31 +130,52 @@ def read_coco(
         reasons = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
         categories = ", ".join(f"{k} {name}" for k, name in zip(data_list.category_ids, data_list.classes, strict=True))
         raise DataError(
-            f"{path}: {reasons}. {data_list.path} has {len(data_list)} images and the categories {categories:.300}. "
-            "--skip-bad scores the rest"
+            f"{path}: {reasons}. {data_list.path} has {len(data_list)} images (ids {_examples(row_of)}) and the "
+            f"categories {categories:.300}. --skip-bad evaluates the rest"
         )
     return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in kept], dict(problems)
 
 
-def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int, int]) -> str | None:
+def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int, int], data_list: DataList) -> str | None:
     """What is wrong with a detection, or None."""
     try:
         numbers = [*row["bbox"], row["score"]]
         if len(numbers) != 5:
             return "bbox is not four numbers"
-        if not all(math.isfinite(number) for number in numbers):
-            return "not a finite number"
+        for name, number in zip(("bbox", "bbox", "bbox", "bbox", "score"), numbers, strict=True):
+            if not _is_finite(number):
+                return f"{name} is not finite"
         if numbers[2] < 0 or numbers[3] < 0:
             return "negative width or height"
         if row["image_id"] not in row_of:
             return "unknown image_id"
         if row["category_id"] not in label_of:
             return "unknown category_id"
-    except OverflowError:
-        return "not a finite number"
+        if "file_name" in row and not _same_file(str(row["file_name"]), data_list.file_names[row_of[row["image_id"]]]):
+            return "file_name is not that of the image with this image_id, so the ids are those of another list"
     except (KeyError, TypeError):
         return "not a dict of image_id, category_id, bbox, score"
     return None
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _same_file(first: str, second: str) -> bool:
+    """Whether two paths, each relative to an unknown folder, can be one file: the shorter one ends the longer one."""
+    a, b = (PurePosixPath(path.replace("\\", "/")).parts for path in (first, second))
+    a, b = (parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts for parts in (a, b))
+    shared = min(len(a), len(b))
+    return shared > 0 and a[-shared:] == b[-shared:]
+
+
+def _examples(ids: dict[Any, int]) -> str:
+    """Image ids as text: all if there are few, otherwise the first and the last."""
+    return ", ".join(map(repr, ids)) if len(ids) <= 3 else f"{next(iter(ids))!r} .. {next(reversed(ids))!r}"
 
 
 def _as_tensors(rows: list[tuple[float, tuple[float, ...], int]]) -> dict[str, torch.Tensor]:

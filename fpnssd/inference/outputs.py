@@ -93,6 +93,12 @@ class Outputs:
     ) -> None:
         self.paths, self.yolo_scores, self.failures = paths, yolo_scores, 0
         self._overwrite, self._inputs = overwrite, file_ids(inputs)
+        for path in (paths.pictures / name for name in names if paths.pictures):
+            if file_ids([path]) & self._inputs:
+                raise InputError(
+                    f"the annotated copy would replace the input {path}: pass --out FOLDER for another folder, or "
+                    "--no-pictures"
+                )
         check_outputs(paths.files(names), self._inputs, overwrite)
         self._json: TextIO | None = None
         self._coco: TextIO | None = None
@@ -153,12 +159,15 @@ class Outputs:
             name: of its files, below each output folder.
             image: RGB.
             detections: with the input's path as their source.
-            image_id: in COCO's results.
+            image_id: in the COCO results.
             frame: number and time of a video's frame ("frame", "seconds"), for JSON; no annotated copy is written.
         """
-        source, shown = detections.source, f"{detections.source}: {len(detections)} objects"
+        source, count = detections.source, _count(detections)
+        shown = f"{source}: {count}"
         if self._coco:
-            rows = [json.dumps(row) for row in detections.to_coco(image_id)]
+            # The id is only the place in this call; the name lets eval.py detect rows of another list's images.
+            file_name = {"file_name": source if frame is None else name.as_posix()}
+            rows = [json.dumps(row | file_name) for row in detections.to_coco(image_id)]
             self._coco.write("".join((",\n" if self._rows + k else "") + row for k, row in enumerate(rows)))
             self._rows += len(rows)
         if self._json:
@@ -168,7 +177,7 @@ class Outputs:
             with self.failures_of(source):
                 path = self.paths.pictures / name
                 save_picture(path, annotate(image, detections))
-                shown = f"{source} -> {path}: {len(detections)} objects"
+                shown = f"{source} -> {path}: {count}"
         if self.paths.voc_xml:
             with self.failures_of(source):
                 path = self.paths.voc_xml / name.with_suffix(".xml")
@@ -191,6 +200,12 @@ class Outputs:
         """Checks a file of a video's frame; those of images were checked before any work."""
         if frame is not None:
             check_outputs([(kind, path)], self._inputs, self._overwrite)
+
+
+def _count(detections: Detections) -> str:
+    if len(detections) == 0:
+        return "0 objects (a lower --min-score shows less certain ones)"
+    return "1 object" if len(detections) == 1 else f"{len(detections)} objects"
 
 
 def describe(detections: Detections) -> Iterator[str]:
