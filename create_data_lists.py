@@ -1,4 +1,4 @@
-"""Makes checked data lists (COCO JSON), one for each split, of a data set in VOC's, COCO's or YOLO's format.
+"""Makes checked data lists (COCO JSON), one for each split, of a data set in VOC, COCO or YOLO format.
 
     python create_data_lists.py --voc VOCdevkit/VOC2012 --splits train val --out data/voc2012
     python create_data_lists.py --voc VOCdevkit/VOC2007 VOCdevkit/VOC2012 --splits trainval test --out data/voc0712
@@ -9,7 +9,7 @@
 
 Every annotation is parsed and every image decoded. Boxes that leave the image are clipped to it; boxes, objects and
 images that cannot be used are left out; all are counted in a table and named in OUT/check.json; OUT/check.png shows
-classes, box sizes and aspects beside the priors. No lists are made of a split without objects (unless --unlabelled), or
+classes, box sizes and aspects beside the priors. No list is made for a split without objects (unless --unlabelled), or
 of one that loses more than half of its objects (unless --allow-loss); --strict makes none if anything was
 left out or changed.
 
@@ -213,7 +213,7 @@ def create_data_lists(
     print(format_report(report))
     write_report(report, out, picture)
     shown = f"; {out / 'check.png'} shows sizes and aspects" if picture else ""
-    print(f"{out / 'check.json'} names every one of these{shown}")
+    print(f"{out / 'check.json'} names every problem{shown}")
     empty = [split.name for split in splits if not split.images]
     if empty:
         raise DataError(f"no usable image in {', '.join(empty)}: no list was written")
@@ -292,10 +292,10 @@ def check_images(found: SplitAnnotations, image_size: int) -> list[CheckResult]:
         annotated = len(record.objects) + count_left_out(record.problems)
         return *check_image(record, found.image_root, image_size), annotated
 
-    results = map_in_threads(check, found.records)  # decoding leaves Python's lock
+    results = map_in_threads(check, found.records)  # decoding releases the GIL
     checked = list(tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"))
     seconds, count = time.perf_counter() - start, len(found.records)
-    print(f"{found.name}: {count} images checked in {seconds:.1f} s ({1e4 * seconds / max(1, count):.0f} s per 10,000)")
+    print(f"{found.name}: {count} images checked in {seconds:.1f} s")
     return checked
 
 
@@ -360,7 +360,7 @@ def classes_of_objects(met: set[str]) -> tuple[str, ...]:
     print(f"classes: the {len(met)} of the objects, sorted{hint}")
     if most:
         names = ", ".join(sorted(met - of_voc))
-        print(f"note: {names} are no VOC classes, the others are; if that is a slip, correct it", file=sys.stderr)
+        print(f"note: {names} are not VOC classes, the others are; if that is a mistake, correct it", file=sys.stderr)
     return tuple(sorted(met))
 
 

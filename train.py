@@ -2,7 +2,7 @@
 
     python train.py                                   # preset voc2012: data/voc2012, resnet50, 280 epochs
     python train.py --preset lite --data data/vocreal --name small --set backbone_lr_scale=0.1
-    python train.py --data data/mine --weights runs/small/best.pth.tar --name mine      # fine-tuning
+    python train.py --preset lite --data data/mine --weights runs/small/best.pth.tar --name mine   # fine-tuning
     python train.py --name small --resume             # continues runs/small
     torchrun --nproc-per-node 8 train.py              # eight GPUs; docs/training.md shows several machines
 
@@ -26,7 +26,7 @@ from fpnssd.evaluation.predict import Predictor, predict
 from fpnssd.evaluation.tables import format_table
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training import distributed, setup
-from fpnssd.training.checkpoints import NotFiniteError, RunFolder, TrainState
+from fpnssd.training.checkpoints import BEST, NotFiniteError, RunFolder, TrainState
 from fpnssd.training.config import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, refuse_old_flags, scaled_lr
 from fpnssd.training.cpu_memory import keep_freed_memory
 from fpnssd.training.failures import LOST_WORKER, StopOnSignal, TrainingStopped, describe_failure
@@ -53,10 +53,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     refuse_old_flags(sys.argv[1:] if argv is None else argv)
     parser.add_argument("--preset", default="voc2012", help=f"{', '.join(PRESETS)} (default: voc2012)")
-    for name in FLAGS:
+    for name, text in FLAGS.items():
         default = getattr(TrainConfig(), name)
         kind = {"action": "store_const", "const": True} if isinstance(default, bool) else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"voc2012: {default!r}", **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (voc2012: {default!r})", **kind)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any field")
     parser.add_argument("--resume", action="store_true", help="continue runs/NAME")
     return parser.parse_args(argv)
@@ -87,7 +87,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict | None:
 
 
 class Trainer:
-    """A training: its parts in the order in which they are made, then its loop (train_epochs)."""
+    """Builds the parts of a training in order, then runs its loop (train_epochs)."""
 
     def __init__(
         self, config: TrainConfig, lists: setup.Lists, device: torch.device, stop: StopOnSignal, resume: bool = False
@@ -131,8 +131,8 @@ class Trainer:
             self.parallel = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.progress = ProgressLogger(self.folder.path, device, self.step_images, self.state.step, self.num_steps)
-        self.in_step = False  # whether a step is half done
-        self.stopping = False  # whether all processes know that they stop
+        self.in_step = False  # whether a step has begun but not ended
+        self.stopping = False  # whether all processes have agreed to stop
         self.last_save = time.monotonic()
 
     def train_epochs(self) -> dict | None:
@@ -172,21 +172,21 @@ class Trainer:
         return metrics
 
     def train_step(self, batches: list[dict]) -> torch.Tensor:
-        """Forward, loss, backward and update for one step. Nothing here waits for the device.
+        """Forward, loss, backward and update for one step. No synchronisation with the device.
 
         Returns:
             (3,) on the device: box loss, class loss and norm of the gradient, over all processes.
         """
         config, state = self.config, self.state
         batches = [setup.to_device(batch, self.device) for batch in batches]
-        # The loss of a step is the sum over all its images divided by all its positives: so these are counted first.
+        # The loss of a step is a sum over its images divided by its number of positives, so these are counted first.
         matches = [self.criterion.match(batch) for batch in batches]
         positives = distributed.sum_over_processes(sum(matched.num_positives for matched in matches))
         normaliser = positives.clamp(min=1) / distributed.num_processes()  # DDP takes the mean over processes
         state.optimizer.zero_grad()
         losses = torch.zeros(2, device=self.device)
         for number, (batch, matched) in enumerate(zip(batches, matches, strict=True), start=1):
-            is_last = number == len(batches)  # DDP adds the gradients of the processes up once, in the last backward
+            is_last = number == len(batches)  # DDP sums gradients over processes only in the last backward
             with contextlib.nullcontext() if is_last or self.parallel is state.model else self.parallel.no_sync():
                 with autocast(self.device, config.precision):
                     offsets, logits = self.forward(batch["image"])
@@ -200,7 +200,14 @@ class Trainer:
         return torch.cat([distributed.sum_over_processes(losses) / distributed.num_processes(), norm[None]])
 
     def log_save_or_stop(self, is_last: bool) -> bool:
-        """After each step; is_last: of the epoch, which ends with a checkpoint anyway. Returns whether to stop here."""
+        """Logs, saves and checks for a stop request after a step.
+
+        Args:
+            is_last: whether it is the last step of the epoch, which ends with a checkpoint anyway.
+
+        Returns:
+            Whether to stop here.
+        """
         state, alone = self.state, distributed.num_processes() == 1
         logs = state.step % self.config.log_every == 0 or is_last
         due = time.monotonic() - self.last_save > 60 * self.config.save_minutes
@@ -226,14 +233,14 @@ class Trainer:
         return metrics, detections
 
     def end_epoch(self, row: dict, detections: list[dict] | None) -> None:
-        """best.pth.tar, last.pth.tar, log.csv and pictures."""
+        """Writes best.pth.tar, last.pth.tar, log.csv and pictures."""
         state, best, stale = self.state, self.state.best, self.state.stale
         if detections is not None:
             score = row["voc2007_ap50"]  # None where the list has no object: then the latest is the best
             is_best = score is None or best is None or score > best
             stale = 0 if is_best else stale + 1
             if is_best and self.folder.save_best(state, score):
-                best = score  # if it could not be written, the next one may be
+                best = score  # where saving failed, the next evaluation may replace it
         state.best, state.stale, self.stopping = distributed.broadcast((best, stale, self.stop.requested))
         state.sums, state.seconds, state.log = {}, 0.0, [*state.log, row]
         self.save()
@@ -260,12 +267,12 @@ class Trainer:
             reason = describe_failure(error, config, self.loader.dataset, folder.path)
             if reason is None:
                 raise
-            # torch raises the end of a worker anywhere: half a step is not saved.
+            # torch can raise the loss of a worker at any point: an incomplete step is not saved.
             saved = not (self.in_step or isinstance(error, NotFiniteError)) and self.save()
             self.stopping = self.stop.requested and saved  # the signal ended a worker that was just starting
             if not self.stopping:
                 kept = f"Step {state.step} of {folder.path} is saved" if saved else f"{folder.path} stays as last saved"
-                raise TrainingStopped(f"{reason}. {kept}: mend it, then --resume") from error
+                raise TrainingStopped(f"{reason}. {kept}: fix it, then --resume") from error
         finally:
             self.progress.close()
         if distributed.is_main():
@@ -275,6 +282,8 @@ class Trainer:
                 print(f"stopped after step {state.step}; continue with --name {config.name} --resume")
             elif self.out_of_patience():
                 print(f"stopped after {state.stale} evaluations without a better one; the best is {state.best:.3f}")
+            if (folder.path / BEST).exists():
+                print(setup.format_end(config, folder.path, state.best, state.log))
         if not folder.saved:
             raise TrainingStopped(f"step {state.step} is not saved: make room on the disk, then --resume")
         return metrics

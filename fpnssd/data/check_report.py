@@ -122,7 +122,7 @@ def format_report(report: Report) -> str:
         ]
         lines += _table([("split", "problem", "count", "what is done", "for example"), *rows]) + [""]
     else:
-        lines += ["nothing wrong was found", ""]
+        lines += ["no problems", ""]
     names = ("images", "without_objects", "objects", "difficult", "crowd")
     rows = [(split, *(str(part[name]) for name in names)) for split, part in report["splits"].items()]
     lines += _table([("split", *(name.replace("_", " ") for name in names)), *rows]) + [""]
@@ -166,7 +166,7 @@ def draw_report(report: Report, path: Path) -> None:
             axis.stairs([c / total for c in histogram["counts"]], histogram["edges"], label=split, linewidth=2)
     by_class.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) < 40 else 3)
     by_class.invert_yaxis()
-    by_class.set(xscale="symlog", title="objects of each class")
+    by_class.set(xscale="symlog" if by_class.get_xlim()[1] > 1000 else "linear", title="objects of each class")
     by_class.legend()
     sides = [scale * report["image_size"] for scale in SCALES]
     for axis, lines in ((by_side, sides), (by_aspect, ratios)):

@@ -81,7 +81,9 @@ class YoloConfig:
                 where = path or self.root / place.replace("\\", "/")
                 raise DataError(f"{self.path} names {where}, which is neither a folder nor a text file")
             if not any(_exists(folder / text) for folder in self.folders for text in (place, place.replace("\\", "/"))):
-                print(f"note: {self.path} names {place}, which is not there: {path} is read in its place")
+                print(
+                    f"note: {self.path} names {place}, which does not exist (usual in Roboflow exports): reading {path}"
+                )
                 moved.append(path)
             if path.is_dir():
                 part, others_there = find_images(path)

@@ -35,7 +35,7 @@ FIXED = {
     "backbone", "image_size", "fpn_channels", "optimizer", "nominal_batch", "seed", "frozen_stages", "batch_norm",
     "class_balance",
 }  # fmt: skip
-# Flags, fields and values that earlier versions had, and what became of them.
+# Flags, fields and values of earlier versions, and their replacements.
 OLD_WORDS = {
     "trunk": "is called backbone now",
     "trunk_weights": "is called backbone_weights now",
@@ -63,21 +63,21 @@ class TrainConfig:
     val_split: str = "val"
     images: str = ""  # folder of the photographs, if not where the data lists say
 
-    backbone: str = "resnet50"  # a name of timm's
+    backbone: str = "resnet50"  # a timm name
     backbone_weights: str = "imagenet"  # or none, or a file
     weights: str = ""  # a checkpoint to start from; its classes may differ: the tensors that fit are copied
     image_size: int = 300
     fpn_channels: int = 256
-    scales: tuple = SCALES  # of the priors, one a level
+    scales: tuple = SCALES  # of the priors, one per level
     frozen_stages: int = 1  # backbone stages that are not trained: -1 none, 0 the stem, k the stem and k stages
-    # The backbone's: frozen keeps its ImageNet statistics and factors, sync trains them over the images of all GPUs.
+    # Of the backbone: frozen keeps the ImageNet statistics and factors, sync trains them over the images of all GPUs.
     batch_norm: Literal["frozen", "sync"] = "frozen"
 
     epochs: int = 280
     batch_size: int = 32  # images of one forward pass of a process
-    nominal_batch: int = 32  # images a step, about: as many batches are accumulated as come nearest to it
+    nominal_batch: int = 32  # images per step, rounded to whole batches: batches are accumulated to come nearest to it
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3  # of all but the backbone, at nominal_batch images a step; larger steps scale it (scaled_lr)
+    lr: float = 1e-3  # of all but the backbone, at nominal_batch images per step; larger steps scale it (scaled_lr)
     backbone_lr_scale: float = 0.2  # the backbone's learning rate as a share of lr: pretrained features are soon lost
     momentum: float = 0.9  # of sgd
     weight_decay: float = 1e-4  # of weights; biases and norms have none
@@ -103,7 +103,7 @@ class TrainConfig:
     eval_every: int = 10  # epochs; the last one is always evaluated
     patience: int = 0  # evaluations without a better one after which the training ends; 0: never
     save_minutes: float = 10.0  # between checkpoints within an epoch; each epoch ends with one
-    log_every: int = 20  # steps between readings of the loss; each makes the host wait for the GPU
+    log_every: int = 20  # steps between readings of the loss; each reading synchronises with the GPU
     workers: int = 2
     seed: int = 0
     device: str = "auto"
@@ -130,7 +130,7 @@ class TrainConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
 
-# Instead of SSD's matching and losses, which are TrainConfig's defaults: the best ones of README.md, "Results".
+# Instead of SSD's matching and losses, which are TrainConfig's defaults: the best ones of docs/results.md.
 ATSS_QFL = {"matching": "atss", "box_loss": "giou", "box_weight": 2.0, "class_loss": "quality"}
 
 
@@ -179,10 +179,23 @@ PRESETS = {preset.__name__: preset for preset in (voc2012, voc2012_atss, voc0712
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line
 
-FLAGS = (
-    "name", "data", "images", "cache", "backbone", "backbone_weights", "weights", "epochs", "batch_size", "lr",
-    "workers", "seed", "device", "precision", "compile",
-)  # fmt: skip
+FLAGS = {  # the fields with a flag of their own, and the flag's help
+    "name": "the run: results are written to runs/NAME",
+    "data": "folder of the data lists",
+    "images": "folder of the images, if not where the data lists say",
+    "cache": "off, or disk: keep decoded images in a file beside the training list",
+    "backbone": "timm name of the backbone",
+    "backbone_weights": "initial weights of the backbone: imagenet, none or a file",
+    "weights": "checkpoint of a detector to start from; its classes may differ",
+    "epochs": "length of the training",
+    "batch_size": "images of one forward pass of a process; smaller ones are accumulated to the same step",
+    "lr": "learning rate of all but the backbone",
+    "workers": "processes that load images",
+    "seed": "of weights, order and augmentation",
+    "device": "auto, cpu, cuda or mps",
+    "precision": "auto, fp32, bf16 or fp16",
+    "compile": "use torch.compile: minutes at the start, faster steps afterwards",
+}
 
 
 def make_config(args: argparse.Namespace) -> TrainConfig:
@@ -314,8 +327,8 @@ def batch_sizes(config: TrainConfig, num_images: int) -> tuple[int, int]:
     """How the images of a step are divided.
 
     Returns:
-        (images of one forward pass of a process, passes a step): about config.nominal_batch images over all processes
-        and passes, and no more than num_images.
+        (images of one forward pass of a process, passes per step): config.nominal_batch images, rounded to whole
+        batches, over all processes and passes, and no more than num_images.
     """
     count = num_processes()
     batch_size = min(config.batch_size, num_images // count)

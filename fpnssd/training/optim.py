@@ -1,4 +1,4 @@
-"""What of a network is trained, the optimizer, the learning rate, the averaged weights, and fine-tuning from others.
+"""Freezing, the optimizer, the learning rate schedule, the averaged weights (EMA), and fine-tuning.
 
 The learning rate of a step is that of the parameter's group (initial_lr) times lr_factor(step).
 """
@@ -18,7 +18,7 @@ from utils import InputError
 
 
 def backbone_stages(backbone: nn.Module) -> list[list[nn.Module]]:
-    """The modules of a timm backbone as [stem, stage 1, stage 2, ...], by the names that timm's families give them."""
+    """The modules of a timm backbone as [stem, stage 1, stage 2, ...], found by their names in timm."""
     stem, stages = [], []
     for name, child in backbone.named_children():
         if name in ("blocks", "stages"):
@@ -31,7 +31,7 @@ def backbone_stages(backbone: nn.Module) -> list[list[nn.Module]]:
 
 
 def freeze(model: FPNSSD, config: TrainConfig) -> None:
-    """Freezes the parameters of config.frozen_stages, and with batch_norm "frozen" those of the backbone's batch norm.
+    """Freezes the parameters of config.frozen_stages, and with batch_norm "frozen" those of the backbone batch norm.
 
     Raises:
         InputError: if the backbone has fewer stages, or they are not known.
@@ -134,7 +134,7 @@ def load_weights(model: FPNSSD, other: FPNSSD) -> str:
     The class heads are copied class by class, by name, so that a detector of other classes keeps those in common.
 
     Returns:
-        A sentence on what was copied and what was not.
+        A sentence that names what was copied and what was not.
     """
     source, target = other.state_dict(), model.state_dict()
     names = ("background", *model.config.classes)
@@ -153,9 +153,10 @@ def load_weights(model: FPNSSD, other: FPNSSD) -> str:
             left_out.append(name)
     new = [name for name, row in zip(names, rows, strict=True) if row < 0]
     dropped = sorted(set(other.config.classes) - set(model.config.classes))
-    summary = f"{len(target) - len(left_out)} of {len(target)} tensors copied"
-    summary += f"; left out, missing or of another shape: {', '.join(left_out[:8])}" if left_out else ""
-    summary += f"; new classes, trained from scratch: {', '.join(new)}" if new else ""
+    summary = f"weights copied to {len(target) - len(left_out)} of {len(target)} tensors"
+    summary += ", in class heads only those of the classes in common" if new else ""
+    summary += f"; not copied, missing or of another shape: {', '.join(left_out[:8])}" if left_out else ""
+    summary += f"; classes without copied weights, trained from scratch: {', '.join(new)}" if new else ""
     return summary + (f"; classes that are dropped: {', '.join(dropped)}" if dropped else "")
 
 
@@ -169,7 +170,7 @@ def _copy_classes(tensor: torch.Tensor, source: torch.Tensor, rows: list[int]) -
     """Copies the classes of a class head.
 
     Args:
-        tensor: (priors a cell * (C + 1), ...), written to.
+        tensor: (priors per cell * (C + 1), ...), written to.
         source: the same of the other detector, with its number of classes.
         rows: for each class of `tensor` its index in `source`; -1 leaves it as it is.
     """

@@ -1,4 +1,4 @@
-"""What a training is made of: data lists, loader, network; and the settings it prints."""
+"""Builds the data lists, loader, network and loss of a training, and formats the text it prints."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,8 @@ from fpnssd.data.pixel_cache import PixelCache
 from fpnssd.evaluation.predict import check_same_classes
 from fpnssd.model_config import ModelConfig, ssd_prior_shapes
 from fpnssd.training import distributed
-from fpnssd.training.config import TrainConfig, scaled_lr
+from fpnssd.training.checkpoints import BEST
+from fpnssd.training.config import PRESETS, TrainConfig, scaled_lr
 from fpnssd.training.loss import MultiBoxLoss
 from fpnssd.training.optim import load_weights
 from model import FPNSSD, load_checkpoint
@@ -37,7 +38,7 @@ def load_lists(config: TrainConfig) -> Lists:
     if len(train_list) < distributed.num_processes():
         raise DataError(f"{train_list.path} has {len(train_list)} images, too few to train on")
     if train_list.crowd.all():
-        raise DataError(f"{train_list.path} has no objects but crowds: a network would learn background alone from it")
+        raise DataError(f"{train_list.path} has no objects but crowds: a network would learn only background from it")
     return train_list, val_list
 
 
@@ -56,7 +57,7 @@ def make_train_loader(
 
 
 def make_model(config: TrainConfig, train_list: DataList, resume: bool) -> FPNSSD:
-    """The network with its initial weights: of the backbone, and with config.weights of another detector."""
+    """The network with its initial weights: pretrained backbone weights, or those of the detector config.weights."""
     torch.manual_seed(config.seed)
     # A run that is resumed has its weights, and so has one that starts from a detector of the same backbone.
     other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
@@ -89,11 +90,11 @@ def make_loss(config: TrainConfig, model: FPNSSD) -> MultiBoxLoss:
 def format_settings(
     config: TrainConfig, device: torch.device, model: FPNSSD, lists: Lists, sizes: tuple[int, int]
 ) -> str:
-    """What a training starts with, as text.
+    """The text printed at the start of a training: data, network, batches, and the fields that differ from a preset.
 
     Args:
         lists: training and evaluation list.
-        sizes: images of one forward pass of a process, and passes a step.
+        sizes: images of one forward pass of a process, and passes per step.
     """
     count, step_images = distributed.num_processes(), math.prod(sizes) * distributed.num_processes()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -103,9 +104,9 @@ def format_settings(
         f"training, {len(lists[1])} for evaluation, {len(lists[0].classes)} classes; {count} x {device.type}, "
         f"{config.precision}{tf32}",
         f"{config.epochs} epochs of {len(lists[0]) // step_images} steps of {step_images} images ({sizes[0]} x {count} "
-        f"processes x {sizes[1]} accumulated), lr {scaled_lr(config, step_images):g} (lr {config.lr:g} is for "
-        f"{config.nominal_batch})",
-        "; ".join(f"{name} {value}" for name, value in asdict(config).items()),
+        f"processes x {sizes[1]} accumulated), lr {scaled_lr(config, step_images):g} (lr {config.lr:g}, defined for "
+        f"{config.nominal_batch} images per step)",
+        *_changed_fields(config),
     ]
     augment = config.augment
     if (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
@@ -113,6 +114,40 @@ def format_settings(
             f"note: no mosaic and no copy-paste: the last {augment.close_epochs} epochs (close_epochs) have none"
         )
     return "\n".join(lines)
+
+
+def _changed_fields(config: TrainConfig) -> list[str]:
+    """The fields that differ from the nearest preset, one per line."""
+    values = _flat(asdict(config))
+    changed = {
+        name: {key: value for key, value in values.items() if value != preset[key]}
+        for name, preset in ((name, _flat(asdict(make()))) for name, make in PRESETS.items())
+    }
+    nearest = min(changed, key=lambda name: len(changed[name]))
+    end = f"; all fields: runs/{config.name}/config.json"
+    if not changed[nearest]:
+        return [f"preset {nearest}{end}"]
+    return [f"preset {nearest} with{end}", *(f"  {name} {value}" for name, value in changed[nearest].items())]
+
+
+def _flat(values: dict) -> dict:
+    """A configuration with dotted names for the fields of the dataclass within it, as --set takes them."""
+    nested = {
+        f"{name}.{key}": one for name, part in values.items() if isinstance(part, dict) for key, one in part.items()
+    }
+    return {name: value for name, value in values.items() if not isinstance(value, dict)} | nested
+
+
+def format_end(config: TrainConfig, folder: Path, best: float | None, log: list[dict]) -> str:
+    """The checkpoint of the best evaluation, and commands that use it."""
+    path = folder / BEST
+    epoch = next((row["epoch"] for row in log if best is not None and row.get("voc2007_ap50") == best), None)
+    score = f" (epoch {epoch}, AP50 {100 * best:.1f})" if epoch is not None else ""
+    split = "" if config.val_split == "val" else f" --split {config.val_split}"
+    return (
+        f"best: {path}{score}\nnext: python eval.py {path} --data {config.data}{split} --report report.html\n"
+        f"      python detect.py FOLDER --checkpoint {path}"
+    )
 
 
 def format_epoch(row: dict, epochs: int) -> str:
@@ -134,7 +169,7 @@ def grouped(batches: Iterable[dict], count: int) -> Iterator[list[dict]]:
 
 
 def to_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a step needs of a batch, copied without waiting."""
+    """The tensors of a batch that a step needs, copied to the device without synchronisation."""
     tensors = {k: batch[k].to(device, non_blocking=True) for k in ("boxes_norm", "labels", "difficult", "crowd")}
     image = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return {**tensors, "image": image}
