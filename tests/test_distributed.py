@@ -84,7 +84,7 @@ def test_sigterm_stops_all_processes_at_one_step(lists):
     process.terminate()
     said = process.communicate(timeout=120)[0]
     step = load_checkpoint(lists / "runs/s/last.pth.tar")["step"]
-    assert f"stopped after step {step}; go on with --name s --resume" in said
+    assert f"stopped after step {step}; continue with --name s --resume" in said
     assert "lost" not in said
 
 
