@@ -175,6 +175,40 @@ def test_arrays_of_a_large_list_are_kept_and_mapped(tmp_path, monkeypatch, ids):
     assert pickle.loads(pickle.dumps(DataList.load(path, images="/photos"))).image_root == Path("/photos")
 
 
+@pytest.mark.parametrize("length", [1, 2, 50_000])
+def test_a_list_read_in_parts_is_the_same(tmp_path, monkeypatch, length):
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 10.0, "height": 20, "apply_exif": i == 9} for i in (7, 9, 4)]
+    objects = [
+        {"id": 1, "image_id": 4, "category_id": 3, "bbox": [1, 2, 3.25, 4], "iscrowd": 1, "area": 7.5},
+        {"id": 2, "image_id": 7, "category_id": 1, "bbox": [0, 2, 3, 4], "difficult": 1, "truncated": 1},
+        {"id": 3, "image_id": 4, "category_id": 1, "bbox": [0, 0, 3, 4]},
+    ]
+    path = write_list(tmp_path / "x.json", images=images, annotations=objects)
+    empty = write_list(tmp_path / "empty.json", annotations=[])
+    whole, whole_empty = DataList.load(path), DataList.load(empty)
+    monkeypatch.setattr("fpnssd.data.data_list.STREAMED_FROM", 0)
+    monkeypatch.setattr("fpnssd.data.data_list.read_coco_json", None)
+    monkeypatch.setattr("fpnssd.data.coco.stream_coco_json.__defaults__", (length,))
+    same_lists(whole, DataList.load(path))
+    assert whole.sizes.dtype == DataList.load(path).sizes.dtype
+    assert DataList.load(path).apply_exif.tolist() == [False, True, False]
+    assert DataList.load(empty).content_hash == whole_empty.content_hash
+    objects[2]["bbox"] = [0, 0, 30, 4]
+    with pytest.raises(DataError, match="annotation 3 has a box"):
+        DataList.load(write_list(path, images=images, annotations=objects))
+
+
+def test_broken_large_lists_are_named_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("fpnssd.data.data_list.STREAMED_FROM", 0)
+    path = write_list(tmp_path / "x.json")
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DataError, match=r"x\.json is no COCO JSON file"):
+        DataList.load(path)
+    write_list(path)
+    path.write_bytes(path.read_text().encode("utf-16"))
+    assert len(DataList.load(path)) == 1
+
+
 def test_stale_or_broken_arrays_are_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("fpnssd.data.data_list.ARRAYS_FROM", 0)
     path = write_list(tmp_path / "x.json")

@@ -8,11 +8,14 @@ import math
 import posixpath
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import ijson
 
 from fpnssd.data.annotations import (
     Problem,
@@ -67,6 +70,39 @@ def read_coco_json(path: Path) -> dict[str, Any]:
             raise DataError(f"{path} is no COCO JSON file: it {problem}")
         parts[key] = part
     return parts
+
+
+def stream_coco_json(path: Path, length: int = 50_000) -> tuple[dict[str, Any], Iterator[list[dict]]]:
+    """Reads a COCO file in UTF-8 without ever holding all of its annotations.
+
+    Args:
+        path: the file, which is read several times.
+        length: annotations in a part.
+
+    Returns:
+        `info`, images and categories; and the annotations in parts.
+
+    Raises:
+        ijson.JSONError: the file is no JSON, in another encoding, or without images or categories; also raised while
+            the parts are taken.
+    """
+
+    def entries(prefix: str) -> Iterator[Any]:
+        with open(path, "rb") as file:
+            yield from ijson.items(file, prefix, use_float=True)
+
+    keys = ("file_name", "height", "width", "id", "apply_exif")
+    images = [{key: entry[key] for key in keys if key in entry} for entry in entries("images.item")]
+    info = next(entries("info"), None)
+    content = {
+        "info": info if isinstance(info, dict) else {},
+        "images": images,
+        "categories": list(entries("categories.item")),
+    }
+    if not images or not content["categories"]:
+        raise ijson.JSONError(f"{path} has no images or no categories")
+    annotations = entries("annotations.item")
+    return content, iter(lambda: list(islice(annotations, length)), [])
 
 
 def parse_id(value: object) -> int | str:

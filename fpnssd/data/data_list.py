@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ijson
 import numpy as np
 import torch
 from PIL import Image
 
 from fpnssd.data.annotations import parse_flag
-from fpnssd.data.coco import read_coco_json
+from fpnssd.data.coco import read_coco_json, stream_coco_json
 from fpnssd.data.images import DataError, read_image
 from utils import atomic_write, hash_file
 
 ARRAYS_VERSION = 3  # of the fields that such a file holds (see DataList)
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
+STREAMED_FROM = 64 * 2**20  # bytes of JSON: larger lists are parsed in parts, which is slower and saves gigabytes
 
 
 class Strings:
@@ -178,7 +180,12 @@ class DataList:
     @classmethod
     def _from_json(cls, path: Path, images: str | Path | None = None) -> "DataList":
         try:
-            return cls.from_coco(path, read_coco_json(path), images)
+            if path.stat().st_size < STREAMED_FROM:
+                return cls.from_coco(path, read_coco_json(path), images)
+            try:
+                return cls._from_parts(path, *stream_coco_json(path), images)
+            except ijson.JSONError:  # also other encodings than UTF-8; this names what is wrong, or reads it
+                return cls.from_coco(path, read_coco_json(path), images)
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -198,6 +205,13 @@ class DataList:
             Exception: KeyError, TypeError, ValueError and the like where the content has another form; load() turns
                 them into a DataError.
         """
+        return cls._from_parts(path, content, [content["annotations"]], images)
+
+    @classmethod
+    def _from_parts(
+        cls, path: Path, content: dict[str, Any], parts: Iterable[list[dict]], images: str | Path | None = None
+    ) -> "DataList":
+        """As from_coco, of annotations that come in parts and of which one part at a time has to be in memory."""
         for category in content["categories"]:
             if type(category["id"]) is not int or category["id"] < 0 or not isinstance(category["name"], str):
                 raise DataError(f"{path}: category {category} has to have a whole number from 0 as its id, and a name")
@@ -206,35 +220,20 @@ class DataList:
         row_of = {image["id"]: row for row, image in enumerate(content["images"])}
         if len(row_of) != len(content["images"]) or len(label_of) != len(category_ids):
             raise DataError(f"{path} gives the same id to two images or categories")
-        objects = content["annotations"]
-        for entry in objects:
-            for key, known in (("image_id", row_of), ("category_id", label_of)):
-                if entry[key] not in known:
-                    raise DataError(f"{path}: annotation {entry.get('id')} names {key} {entry[key]!r}, not in the file")
-        rows = np.fromiter((row_of[entry["image_id"]] for entry in objects), np.int64, len(objects))
-        order = np.argsort(rows, kind="stable")
-        boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(len(objects), 4)[order]
-        boxes[:, 2:] += boxes[:, :2]
         sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int32).reshape(-1, 2)
-        limits = sizes[rows[order]][:, [1, 0, 1, 0]]  # (n, 4): width, height, width, height
-        # Written so that NaN is bad too. A hundredth of a pixel is what rounding may add.
-        good = (boxes >= -0.01).all(axis=1) & (boxes <= limits + 0.01).all(axis=1)
-        bad = ~(good & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-        if bad.any():
-            entry = objects[order[bad.argmax()]]
-            problem = f"annotation {entry.get('id')} has a box {entry['bbox']} that is empty or leaves its image"
-            raise DataError(f"{path}: {problem}; list the data anew")
+        columns = [_object_columns(path, part, row_of, label_of, sizes) for part in parts]
+        columns = columns or [_object_columns(path, [], row_of, label_of, sizes)]
+        rows = np.concatenate([part["rows"] for part in columns])
+        order = np.argsort(rows, kind="stable")
+
+        def column(name: str) -> np.ndarray:
+            return np.concatenate([part.pop(name) for part in columns])[order]
+
         image_ids = [image["id"] for image in content["images"]]
         whole = all(isinstance(image_id, int) for image_id in image_ids)
-
-        def column(values, dtype):
-            return np.fromiter(values, dtype, len(objects))[order]
-
+        boxes, areas, truncated = column("boxes"), column("areas"), column("truncated")
         box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-        areas = column((entry.get("area", np.nan) for entry in objects), np.float32)
         areas = np.where(np.isnan(areas), box_areas, areas)
-        truncated = (parse_flag(entry.get("truncated")) for entry in objects)
-        truncated = column((-1 if flag is None else flag for flag in truncated), np.int8)
         return cls(
             path=str(path),
             # An image root that is no absolute path is meant from where the list lies.
@@ -247,9 +246,9 @@ class DataList:
             apply_exif=np.array([bool(parse_flag(i.get("apply_exif"))) for i in content["images"]], dtype=bool),
             first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
             boxes=boxes,
-            labels=column((label_of[entry["category_id"]] for entry in objects), np.int32),
-            difficult=column((bool(parse_flag(entry.get("difficult"))) for entry in objects), bool),
-            crowd=column((bool(parse_flag(entry.get("iscrowd"))) for entry in objects), bool),
+            labels=column("labels"),
+            difficult=column("difficult"),
+            crowd=column("crowd"),
             areas=None if np.allclose(areas, box_areas, rtol=1e-3) else areas,
             truncated=truncated if (truncated >= 0).any() else None,
         )
@@ -291,6 +290,52 @@ class DataList:
             return super().__reduce_ex__(protocol)
         # A spawned worker maps the same file: nothing is copied.
         return DataList._from_arrays, (self.path, self.image_root, self.arrays_file)
+
+
+def _object_columns(
+    path: Path, objects: list[dict], row_of: dict, label_of: dict, sizes: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The annotations of a COCO file as arrays, in their order.
+
+    Args:
+        path: of the file, for messages.
+        objects: the annotations.
+        row_of: {image id: row}.
+        label_of: {category id: label}.
+        sizes: (images, 2), height and width.
+
+    Raises:
+        DataError: an id is unknown, or a box is empty or leaves its image.
+    """
+    for entry in objects:
+        for key, known in (("image_id", row_of), ("category_id", label_of)):
+            if entry[key] not in known:
+                raise DataError(f"{path}: annotation {entry.get('id')} names {key} {entry[key]!r}, not in the file")
+    rows = np.fromiter((row_of[entry["image_id"]] for entry in objects), np.int64, len(objects))
+    boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(len(objects), 4)
+    boxes[:, 2:] += boxes[:, :2]
+    limits = sizes[rows][:, [1, 0, 1, 0]]  # (n, 4): width, height, width, height
+    # Written so that NaN is bad too. A hundredth of a pixel is what rounding may add.
+    good = (boxes >= -0.01).all(axis=1) & (boxes <= limits + 0.01).all(axis=1)
+    bad = ~(good & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    if bad.any():
+        entry = objects[bad.argmax()]
+        problem = f"annotation {entry.get('id')} has a box {entry['bbox']} that is empty or leaves its image"
+        raise DataError(f"{path}: {problem}; list the data anew")
+
+    def column(values: Iterable, dtype: type) -> np.ndarray:
+        return np.fromiter(values, dtype, len(objects))
+
+    truncated = (parse_flag(entry.get("truncated")) for entry in objects)
+    return {
+        "rows": rows,
+        "boxes": boxes,
+        "areas": column((entry.get("area", np.nan) for entry in objects), np.float32),
+        "labels": column((label_of[entry["category_id"]] for entry in objects), np.int32),
+        "difficult": column((bool(parse_flag(entry.get("difficult"))) for entry in objects), bool),
+        "crowd": column((bool(parse_flag(entry.get("iscrowd"))) for entry in objects), bool),
+        "truncated": column((-1 if flag is None else flag for flag in truncated), np.int8),
+    }
 
 
 def _stored_hash(arrays_file: Path) -> str | None:
