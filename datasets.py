@@ -40,8 +40,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     dataset[epoch, index, occurrence] is a sample: image uint8 (3, S, S); boxes_norm float32 (n, 4), xyxy in 0..1 of the
     square; labels int64 (n,), 1..C; difficult and crowd bool (n,); image_id; size, (height, width) of the original;
-    key, the three numbers. dataset[index] is dataset[0, index, 0]. The augmentation of a sample depends on the seed and
-    the key alone: not on the worker that makes it, nor on the order.
+    key, the three numbers. dataset[index] is dataset[0, index, 0]. The augmentation of a sample depends only on the
+    seed and the key: not on the worker or the order.
 
     Args:
         data_list: the images and their objects.
@@ -124,14 +124,14 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         image uint8 (B, 3, S, S), channels last in memory; boxes_norm (B, N, 4), labels, difficult and crowd (B, N),
         N the most objects of any image, the others padded with label 0; lists of image_id, size and key.
     """
-    # In a worker, default_collate stacks right into memory that it shares with the main process.
+    # In a worker, default_collate stacks directly into shared memory.
 
     def padded(name):
         rows = torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
         return default_collate(list(rows))
 
     return {
-        # Pixels lie channels last, which is what the network wants: (B, S, S, 3), then turned.
+        # Channels-last memory, as the network uses: stacked as (B, S, S, 3), then permuted to (B, 3, S, S).
         "image": default_collate([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
         "boxes_norm": padded("boxes_norm"),  # (B, N, 4)
         "labels": padded("labels"),  # (B, N)
@@ -148,7 +148,7 @@ def balanced_weights(data_list: DataList, power: float) -> np.ndarray:
 
     Args:
         data_list: whose images to weigh.
-        power: 0 gives all images the same weight, 0.5 is LVIS's square root (arXiv:1908.03195), 1 balances fully.
+        power: 0 gives all images the same weight, 0.5 is the square root of LVIS (arXiv:1908.03195), 1 balances fully.
 
     Returns:
         (images,) float64: (images / images with the rarest class of this one) ** power. Images without objects have the
@@ -218,7 +218,7 @@ class EpochSampler(Sampler[Key]):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole process group. The main process stops its workers, if need be with SIGTERM:
+    # Ctrl-C and SIGTERM reach the whole process group. The main process stops its workers, if necessary with SIGTERM:
     # so workers ignore Ctrl-C and the first SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -226,7 +226,7 @@ def _start_worker(_: int) -> None:
     # Python's garbage collection writes into every object it visits, and so copies the pages that a fork shares.
     gc.freeze()
     # glibc would keep the memory of batches in a fragmented heap: up to 200 MB a worker. Blocks above 4 MB go back to
-    # the system; a training on the CPU has turned that off before the fork.
+    # the system; training on the CPU disables that before the fork.
     tune_malloc(**MALLOC_DEFAULTS | {"mmap_threshold": 4 * 2**20})
 
 
@@ -260,7 +260,7 @@ def make_loader(
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         collate_fn=collate,
-        generator=torch.Generator(),  # the loader draws a number for each pass: not out of the training's generator
+        generator=torch.Generator(),  # draws a seed per pass, and leaves the global generator unchanged
     )
 
 

@@ -1,4 +1,4 @@
-"""Detect objects in images, videos and camera streams: annotated copies, and what is where in the form that you need.
+"""Detect objects in images, videos and camera streams: annotated copies, detections as JSON, COCO, VOC XML or YOLO.
 
     python detect.py photo.jpg                              # detected_img/photo.jpg, and a line for each object
     python detect.py holiday/ "more/*.png" --checkpoint runs/lite/best.pth.tar --json found.jsonl
@@ -7,12 +7,12 @@
 
 In Python, with torch's safe loading left on:
 
+    import torch
     from detect import detect
-    checkpoint = torch.load("checkpoint/fpnssd300_lite_voc.pth.tar")
-    model = checkpoint["model"].to(device)
-    annotated = detect(image, min_score=0.4, max_overlap=0.5, top_k=200)  # PIL in, PIL out; model=... optional
+    model = torch.load("checkpoint/fpnssd300_lite_voc.pth.tar")["model"]
+    annotated = detect("photo.jpg", min_score=0.4, max_overlap=0.5, top_k=200)  # a PIL image; model=... is optional
 
-For boxes instead of a picture: load_detector(path).predict(images).
+For boxes instead of an annotated image: load_detector(path).predict(images).
 """
 
 import argparse
@@ -46,13 +46,13 @@ from utils import InputError, error_message, escape_unprintable, whole_number
 
 __all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
 
-PredictFn = Callable[[Sequence[Image.Image], Sequence[str]], list[Detections]]  # of images and their sources
+PredictFn = Callable[[Sequence[Image.Image], Sequence[str]], list[Detections]]  # called with images and their sources
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In Python
 
 _default_lock = threading.Lock()
-_default: tuple[FPNSSD, Detector] | None = None  # what detect() and predict() used last without being given a model
+_default: tuple[FPNSSD, Detector] | None = None  # the model that detect() and predict() use without model=
 
 
 def detect(
@@ -93,7 +93,22 @@ def predict(
     suppress: Iterable[str] | None = None,
     model: FPNSSD | Detector | None = None,
 ) -> Detections | list[Detections]:
-    """Detections of an image, or a list of them for a list; arguments as for detect."""
+    """Detections of one or several images.
+
+    Args:
+        images: an image, or a list or tuple of images, in any form that detect takes.
+        min_score: score threshold.
+        max_overlap: NMS IoU threshold within a class.
+        top_k: most detections per image.
+        suppress: names of classes to leave out.
+        model: an FPNSSD or a Detector; None as in detect.
+
+    Returns:
+        Detections of a single image; a list of them for a list or tuple.
+
+    Raises:
+        InputError: as detect.
+    """
     return _detector(model).predict(images, min_score, max_overlap, top_k, suppress)
 
 
@@ -140,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, OSError) as error:
         sys.exit(f"detect: {error_message(error)}")
     except KeyboardInterrupt:
-        sys.exit("detect: stopped; what was found so far is written")
+        sys.exit("detect: stopped; results so far are written")
     if outputs.failures:
         sys.exit(1)
 
@@ -160,7 +175,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-pictures", action="store_true", help="write no annotated copies")
     parser.add_argument("--json", metavar="FILE", help="write a line of JSON for each image; - is standard output")
     parser.add_argument(
-        "--coco", metavar="FILE", help="write COCO's result format; image ids count the inputs, then the video frames"
+        "--coco",
+        metavar="FILE",
+        help="write the COCO results format; image ids count the inputs, then the video frames",
     )
     parser.add_argument("--voc-xml", metavar="FOLDER", help="write VOC annotations, a file for each image")
     parser.add_argument("--yolo", metavar="FOLDER", help="write YOLO text, a file for each image, scores last")
@@ -171,7 +188,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suppress", nargs="+", default=[], metavar="NAME", help="leave these classes out")
     parser.add_argument("--min-score", type=float, default=DETECTION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=DETECTION.max_overlap, help="NMS IoU threshold")
-    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="most objects of an image")
+    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="most objects per image")
     parser.add_argument("--batch-size", type=whole_number(1), default=8, help="images in the network at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--runtime", default="auto", choices=RUNTIMES, help="onnx and openvino run exported files")
@@ -191,16 +208,16 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
 
 
 def classes_to_suppress(wanted: Sequence[str], suppressed: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """The classes that are left out: those suppressed and, if any are wanted, all others."""
+    """The classes to leave out: the suppressed ones and, if any are wanted, all others."""
     unknown = sorted({*wanted, *suppressed} - set(classes))
     if unknown:
-        raise InputError(f"no class {', '.join(unknown)}: the model knows {', '.join(classes)}")
+        raise InputError(f"unknown class {', '.join(unknown)}: the model has {', '.join(classes)}")
     return sorted({name for name in classes if name in suppressed or (wanted and name not in wanted)})
 
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """For a with block: SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a run in the same way."""
+    """In the with block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a run in the same way."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
@@ -282,8 +299,11 @@ def detect_in_video(
 
     Args:
         source: a video or camera.
-        taken: names of other outputs, which frames do not take.
-        frame_ids: of COCO's results.
+        predict_fn: called with the frames of a batch and their names.
+        outputs: where the detections are written.
+        batch_size: frames per batch.
+        taken: names of other outputs, which frames do not use.
+        frame_ids: image ids for the COCO results.
 
     Returns:
         Whether Ctrl-C ended it.

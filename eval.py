@@ -4,7 +4,7 @@ python eval.py --data data/mine                   # the checkpoint that ships; -
 python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
 python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
 python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
-python eval.py --detections detections.json --data data/vocreal       # of any detector, in COCO's result format
+python eval.py --detections detections.json --data data/vocreal       # of any detector, in the COCO results format
 python eval.py runs/lite/best.pth.tar --data data/vocreal --at-scores 0.25 0.4  # precision and recall there
 python eval.py --compare a.json runs/lite/best.pth.tar --data data/vocreal
 """
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         detections, context = obtain(args.detections or args.checkpoint, data_list, args)
         start = time.perf_counter()
         ranked = rank(data_list, detections)
-        lowest = 0 if args.detections else args.min_score  # none lower were decoded
+        lowest = 0 if args.detections else args.min_score  # detections of lower scores were not decoded
         at_scores = sorted({max(one, lowest) for one in args.at_scores})
         metrics = compute_metrics(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | context
         metrics["seconds"]["score"] = time.perf_counter() - start
@@ -68,24 +68,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
-    parser.add_argument("--detections", metavar="FILE", help="evaluate this file in COCO's result format instead")
+    parser.add_argument("--detections", metavar="FILE", help="evaluate this file in the COCO results format instead")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two checkpoints or .json files")
     parser.add_argument("--skip-bad", action="store_true", help="leave out a file's invalid detections")
     parser.add_argument("--data", default="data/voc2012", help="folder of data lists")
     parser.add_argument("--split", default="val", help="name of the data list")
     parser.add_argument("--images", metavar="FOLDER", help="where the images are, if not where the data list says")
-    parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoU thresholds of VOC's AP")
+    parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoU thresholds of VOC AP")
     default = [DETECTION.min_score]
     parser.add_argument("--at-scores", type=float, nargs="+", default=default, help="score thresholds for precision")
     parser.add_argument("--report", metavar="FILE", help="write an HTML page with charts and pictures of mistakes")
     parser.add_argument("--json", metavar="FILE", help="write the metrics")
-    parser.add_argument("--save-detections", metavar="FILE", help="write the detections in COCO's result format")
-    parser.add_argument("--voc-files", metavar="FOLDER", help="write comp4_det_SPLIT_CLASS.txt for VOC's server")
+    parser.add_argument("--save-detections", metavar="FILE", help="write the detections in the COCO results format")
+    parser.add_argument("--voc-files", metavar="FOLDER", help="write comp4_det_SPLIT_CLASS.txt for the VOC server")
     parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
     parser.add_argument("--intervals", type=whole_number(0), default=1000, help="bootstrap resamples; 0: no intervals")
     parser.add_argument("--min-score", type=float, default=EVALUATION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=EVALUATION.max_overlap, help="NMS IoU threshold")
-    parser.add_argument("--top-k", type=whole_number(1), default=EVALUATION.top_k, help="most detections of an image")
+    parser.add_argument("--top-k", type=whole_number(1), default=EVALUATION.top_k, help="most detections per image")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     parser.add_argument("--batch-size", type=whole_number(1), default=16)
     parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that load images")
@@ -159,7 +159,12 @@ def compare(sources: list[str], data_list: DataList, args: argparse.Namespace) -
 
 
 def format_comparison(sources: list[str], result: dict[str, dict[str, Any]]) -> str:
-    """intervals.compare as text."""
+    """The result of intervals.compare as text, one line per metric.
+
+    Args:
+        sources: the two checkpoints or files of detections.
+        result: of intervals.compare.
+    """
     lines = [f"B - A in points, paired bootstrap over images; A: {sources[0]}, B: {sources[1]}"]
     for name, row in result.items():
         if row["interval"] is None:

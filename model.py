@@ -43,7 +43,7 @@ class Thresholds:
 
 
 EVALUATION = Thresholds(min_score=0.01, max_overlap=0.45, top_k=200)  # SSD's; average precision needs low scores too
-# For people to look at; F1 was highest at 0.4 on 200 photographs (docs/results.md).
+# For display; F1 was highest at 0.4 on 200 photographs (experiments/README.md).
 DETECTION = Thresholds(min_score=0.4, max_overlap=0.5, top_k=200)
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoint" / "fpnssd300_lite_voc.pth.tar")  # the one that ships
 
@@ -55,14 +55,14 @@ def build_backbone(name: str, weights: str = "none") -> tuple[Any, tuple[float, 
     """A timm network that returns C3, C4, C5 (strides 8, 16, 32), and the pixel statistics it was trained with.
 
     Args:
-        name: timm's, weight tag optional.
-        weights: "imagenet"; "none" for random ones; or a file with timm's tensors for this backbone.
+        name: timm name, weight tag optional.
+        weights: "imagenet"; "none" for random ones; or a file with the tensors of this timm backbone.
 
     Returns:
         The network, and the mean and standard deviation of R, G, B in units of 0..255.
 
     Raises:
-        InputError: for networks that an FPN cannot be built on, and weights that do not fit or cannot be had.
+        InputError: for networks that an FPN cannot be built on, and weights that do not fit or are not available.
         FileNotFoundError: if `weights` is a file that does not exist.
     """
     if not timm.is_model(name):
@@ -70,7 +70,12 @@ def build_backbone(name: str, weights: str = "none") -> tuple[Any, tuple[float, 
     try:
         backbone: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=(-3, -2, -1))
         strides = backbone.feature_info.reduction()
-    except (AssertionError, IndexError, RuntimeError, ValueError):  # timm's, where there are no three feature maps
+    except (
+        AssertionError,
+        IndexError,
+        RuntimeError,
+        ValueError,
+    ):  # raised by timm where there are fewer than three feature maps
         strides = []
     if strides != [8, 16, 32]:
         raise InputError(f"backbone {name!r} ends in strides {strides}, but an FPN needs 8, 16 and 32")
@@ -100,10 +105,10 @@ def build_backbone(name: str, weights: str = "none") -> tuple[Any, tuple[float, 
 
 
 def _norm_conv(in_channels: int, channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A convolution and group norm: backbones differ tenfold in the size of their features, and heads must not."""
+    """A convolution and group norm: the scale of features differs tenfold between backbones; heads need one scale."""
     conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    # Sixteen channels a group: the coarsest level is one cell, and a group has to hold several values there too.
+    # Sixteen channels per group: the coarsest level is one cell, and a group has to hold several values there too.
     groups = channels // 16 if channels % 16 == 0 else 1
     return nn.Sequential(conv, nn.GroupNorm(groups, channels))
 
@@ -111,8 +116,8 @@ def _norm_conv(in_channels: int, channels: int, kernel: int, stride: int = 1) ->
 def pad_single_cell(level: Tensor) -> Tensor:
     """A map of one cell with zeros beside it, the same to a padded convolution of stride 2; other maps as they are.
 
-    Of a single cell (small images have several such levels) torch's bf16 gradient of the weights is memory that nobody
-    wrote, on CPUs with AVX512-BF16 (oneDNN in torch 2.14.1).
+    For a map of one cell (small images have several such levels) the bf16 gradient of the weights is uninitialised
+    memory on CPUs with AVX512-BF16 (oneDNN in torch 2.14.1).
     """
     return F.pad(level, (0, 1, 0, 1)) if level.shape[-2:] == (1, 1) else level
 
@@ -145,7 +150,7 @@ class FPN(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Network
 
-# By name, so that only the original project's checkpoint imports that project's network.
+# By name: a lazy import, as only checkpoints of the original project need its network.
 FPN_CLASSES = {"fpn": "model:FPN", "original": "fpnssd.legacy.network:OriginalFPN"}
 
 
@@ -154,7 +159,7 @@ class FPNSSD(nn.Module):
 
     Args:
         config: with level_sides left empty, one pass of the network finds them.
-        backbone_weights: "imagenet", "none", or a file with timm's tensors for this backbone.
+        backbone_weights: "imagenet", "none", or a file with the tensors of this timm backbone.
 
     Attributes:
         config: with level_sides.
@@ -177,7 +182,8 @@ class FPNSSD(nn.Module):
         for head in (*self.box_heads, *self.class_heads):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        # On the CPU even while the rest is built on the meta device: these are values, not parameters to be loaded.
+        # On the CPU even under torch.device("meta"), where tensors have no values: these constants come from timm's
+        # configuration of the backbone.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, device="cpu").view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, device="cpu").view(3, 1, 1))
         self.config = config if config.level_sides else replace(config, level_sides=self._level_sides(config))
@@ -188,10 +194,13 @@ class FPNSSD(nn.Module):
 
     @torch.no_grad()
     def init_class_bias(self, background: float) -> None:
-        """Sets the biases of the class heads: `background` is the first score of background, classes share the rest.
+        """Sets the biases of the class heads for an initial background probability; the classes share the rest equally.
 
-        0.75 is the share of background among what OHEM samples; of all priors, as focal and quality focal losses use
-        them, nearly all are background (Lin et al., arXiv:1708.02002, section 3.3).
+        0.75 is the share of background among the priors that OHEM samples; of all priors, which focal and quality focal
+        losses use, nearly all are background (Lin et al., arXiv:1708.02002, section 3.3).
+
+        Args:
+            background: initial background probability, in 0..1.
         """
         num_classes = len(self.config.classes)
         start = math.log(background / (1 - background) * num_classes)
@@ -312,7 +321,7 @@ def postprocess(
 
     Returns:
         For each image boxes (m, 4) xyxy in pixels, clipped to the image, scores (m,), labels (m,), best first; equal
-        scores in the order prior, class. Exact: no number of candidates is dropped beforehand.
+        scores in the order prior, class. No pre-NMS top-k.
 
     Raises:
         InputError: for thresholds out of bounds, and outputs that are NaN or not of these priors.
@@ -329,23 +338,45 @@ def postprocess(
     ]
 
 
-def _decode_image(offsets, scores, priors, size, min_score, max_overlap, top_k):
-    """Greedy suppression keeps or drops a box because of better ones alone, so a prefix of the candidates gives a
-    prefix of the answer: take the best, and more only if fewer than top_k survive."""
+def _decode_image(
+    offsets: Tensor,
+    scores: Tensor,
+    priors: Tensor,
+    size: tuple[int, int],
+    min_score: float,
+    max_overlap: float,
+    top_k: int,
+) -> dict[str, Tensor]:
+    """The detections of one image.
+
+    Greedy hard NMS decides about a box from better-scored boxes alone, so NMS of a prefix of the sorted candidates is a
+    prefix of the NMS of all: the best candidates are tried first, more only if fewer than top_k survive. This does not
+    hold for soft NMS or for methods that merge boxes.
+
+    Args:
+        offsets: (P, 4).
+        scores: (P * C,), in the order prior, class.
+        priors: (P, 4) cxcywh in 0..1.
+        size: (height, width) of the original image in pixels.
+        min_score, max_overlap, top_k: see postprocess.
+
+    Returns:
+        boxes (m, 4) xyxy in pixels, scores (m,), labels (m,).
+    """
     num_classes = len(scores) // len(priors)
     num_candidates = int(above_score(scores, min_score).sum())
     count = min(FIRST_CANDIDATES, num_candidates)
     while True:
         if count < num_candidates:
             last = scores.topk(count).values[-1]
-            chosen = (scores >= last).nonzero().squeeze(1)  # with all that tie with the last
+            chosen = (scores >= last).nonzero().squeeze(1)  # with all candidates that tie with the last
         else:
             chosen = above_score(scores, min_score).nonzero().squeeze(1)
         candidate_scores, order = scores[chosen].sort(descending=True, stable=True)
         chosen = chosen[order]
         prior_index, labels = chosen // num_classes, chosen % num_classes + 1
         boxes = boxes_in_pixels(decode_offsets(offsets[prior_index], priors[prior_index]), size)
-        not_empty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # a box clipped away is no answer
+        not_empty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # drop boxes fully outside the image
         boxes, candidate_scores, labels = boxes[not_empty], candidate_scores[not_empty], labels[not_empty]
         kept = _suppress_per_class(boxes, candidate_scores, labels, max_overlap)[:top_k]
         if len(kept) >= top_k or len(chosen) >= num_candidates:
@@ -353,23 +384,32 @@ def _decode_image(offsets, scores, priors, size, min_score, max_overlap, top_k):
         count = min(4 * count, num_candidates)
 
 
-def boxes_in_pixels(boxes_cxcywh, size):
-    """cxcywh in 0..1 -> xyxy in pixels of an image of `size` (height, width), clipped to it."""
+def boxes_in_pixels(boxes_cxcywh: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) cxcywh in 0..1 -> (..., 4) xyxy in pixels of an image of `size` (height, width), clipped to it."""
     height, width = int(size[0]), int(size[1])
     boxes = box_convert(boxes_cxcywh, "cxcywh", "xyxy").clamp(0, 1)
     return boxes * boxes.new_tensor([width, height, width, height])
 
 
-def _suppress_per_class(boxes, scores, labels, max_overlap):
-    """Indices that survive, ascending, where the input is sorted best first.
+def _suppress_per_class(boxes: Tensor, scores: Tensor, labels: Tensor, max_overlap: float) -> Tensor:
+    """Greedy non-maximum suppression within each class.
 
-    A call per class: adding offsets to keep classes apart (torchvision's batched_nms) rounds float32 boxes.
+    One call of nms per class: batched_nms of torchvision separates classes by offsets, which rounds float32 boxes.
+
+    Args:
+        boxes: (n, 4) xyxy, best first.
+        scores: (n,), descending.
+        labels: (n,) int64.
+        max_overlap: IoU threshold.
+
+    Returns:
+        int64 (m,): indices of the boxes that are kept, ascending.
     """
-    by_label = labels.argsort(stable=True)  # within a label still best first
+    by_label = labels.argsort(stable=True)  # still best first within each label
     counts = labels.bincount().tolist()
     parts = zip(by_label.split(counts), boxes[by_label].split(counts), scores[by_label].split(counts), strict=True)
     kept = [rows[nms(part, part_scores, max_overlap)] for rows, part, part_scores in parts if len(rows)]
-    kept.append(by_label[:0])  # where there is nothing at all
+    kept.append(by_label[:0])  # for cat, where there are no boxes
     return torch.cat(kept).sort().values
 
 
@@ -380,7 +420,7 @@ def _suppress_per_class(boxes, scores, labels, max_overlap):
 class _ModelPickle:
     """Stands for a model in a checkpoint: pickled as a call of build_model, so that no module's code is in the file.
 
-    Not FPNSSD.__reduce__: copying a model goes through that too, and would land the copy on the CPU.
+    Not FPNSSD.__reduce__: deepcopy also calls it, and would move the copy to the CPU.
     """
 
     def __init__(self, model: FPNSSD) -> None:
@@ -402,7 +442,8 @@ def last_loaded_model() -> FPNSSD | None:
 
 
 def build_model(config: Any, state_dict: Any) -> FPNSSD:
-    """The model of a checkpoint, in float32 and evaluation mode. torch.load calls this, so a hostile file can.
+    """The model of a checkpoint, in float32 and evaluation mode. torch.load calls this, so a hostile file
+    can call it with any arguments.
 
     The config is bounded by ModelConfig, nothing is downloaded, and the network takes no memory (it stands on the meta
     device) until the type, shape and layout of every tensor agreed.
@@ -446,10 +487,10 @@ def _check_state(state: dict[str, Any], expected: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not dense or not tensor.is_contiguous():
-            raise InputError(f"tensor {name!r} is no dense, contiguous tensor")
+            raise InputError(f"tensor {name!r} is not a dense, contiguous tensor")
         integer = not expected[name].is_floating_point()
         if tensor.dtype not in ((torch.int64,) if integer else (torch.float16, torch.bfloat16, torch.float32)):
-            raise InputError(f"tensor {name!r} has numbers of {tensor.dtype}, which no model of ours has")
+            raise InputError(f"tensor {name!r} is {tensor.dtype}, which is not a supported dtype")
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
     if sum(tensor.nbytes for tensor in state.values()) > sum(storages.values()):
         raise InputError("several tensors share their memory, which those of a checkpoint never do")

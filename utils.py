@@ -39,7 +39,7 @@ def whole_number(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
         return value
 
-    parse.__name__ = "whole number"  # argparse names it where int() fails
+    parse.__name__ = "whole number"  # argparse prints this name where int() fails
     return parse
 
 
@@ -93,7 +93,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 def has_fast_fp16(device: torch.device) -> bool:
     """Whether float16 is faster than float32 on this device: a GPU of compute capability 6.0, 6.2, or 7.0 and newer.
 
-    GPUs of 6.1 (GTX 10xx, P40) take fp16 at a 64th of the speed.
+    GPUs of 6.1 (GTX 10xx, P40) run fp16 at 1/64 of fp32 speed.
     """
     if device.type != "cuda":
         return False
@@ -121,7 +121,7 @@ def pick_precision(name: str, device: torch.device, training: bool = False) -> s
             return "bf16"
         return "fp16" if training and has_fast_fp16(device) else "fp32"
     if name not in ("fp32", "bf16", "fp16"):
-        raise InputError(f"precision {name!r} is none of auto, fp32, bf16, fp16")
+        raise InputError(f"precision {name!r} is not one of auto, fp32, bf16, fp16")
     return name
 
 
@@ -180,7 +180,7 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[str]:
         yield temporary
         if kind:
             _append_mark(temporary, kind)
-        with open(temporary, "rb+") as file:  # to write: Windows syncs no other
+        with open(temporary, "rb+") as file:  # opened for writing: Windows cannot fsync read-only files
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if sys.platform != "win32":  # where folders cannot be opened
@@ -233,12 +233,12 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
         if path.is_dir():
             raise InputError(f"{path} is a folder, but a {kind} would be written to it: name a file")
         if blocking := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-            raise InputError(f"{path} cannot be written: {blocking} is a file and no folder")
+            raise InputError(f"{path} cannot be written: {blocking} is a file, not a folder")
         if file_ids([path]) & ids:
             raise InputError(f"{path} is an input of this call and would be written over: choose another name")
         if path.exists() and not overwrite and not is_own_output(path, kind):
             raise InputError(
-                f"{path} exists already and is no {kind} that this program wrote: choose another name, or add "
+                f"{path} exists already and is not a {kind} file that this program wrote: choose another name, or add "
                 "--overwrite to replace it"
             )
 

@@ -63,7 +63,7 @@ class ModelConfig:
             shown = reprlib.repr(self.backbone)
             raise InputError(f"backbone {shown} is no plain timm name, such as resnet50 (hub addresses are not)")
         if self.fpn not in ("fpn", "original"):
-            raise InputError(f"fpn {reprlib.repr(self.fpn)} is none of fpn, original")
+            raise InputError(f"fpn {reprlib.repr(self.fpn)} is not one of fpn, original")
         for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:

@@ -215,9 +215,7 @@ def test_what_was_found_is_written_at_every_end(folder, tmp_path, monkeypatch, e
     if isinstance(ending, OSError):  # outside of any picture
         monkeypatch.setattr("detect.load_each", lambda sources, outputs: [(one, stop(one)) for one in sources])
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(
-        SystemExit, match="disk full" if isinstance(ending, OSError) else "what was found so far is written"
-    ):
+    with pytest.raises(SystemExit, match="disk full" if isinstance(ending, OSError) else "results so far are written"):
         main(
             [str(tmp_path / "in"), "--checkpoint", str(folder / "small.pth.tar"), "--no-pictures", "--batch-size", "1"]
             + ["--coco", str(tmp_path / "found.json"), "--json", str(tmp_path / "found.jsonl"), "--min-score", "0.1"]
@@ -255,7 +253,7 @@ def test_outputs_are_none_of_the_users_files(folder, tmp_path):
         main(call)
         assert path.read_bytes() == own
         path.write_text("mine")
-        with pytest.raises(SystemExit, match="exists already and is no .* that this program wrote"):
+        with pytest.raises(SystemExit, match="exists already and is not a .* file that this program wrote"):
             main(call)
         assert path.read_text() == "mine"
         main([*call, "--overwrite"])
@@ -355,7 +353,7 @@ def test_standard_input_and_output(folder):
     [
         (["nothing*.jpg"], "nothing matches"),
         (["empty"], "folder empty holds no image or video"),
-        (["photo.jpg", "--classes", "cow"], "no class cow: the model knows cat, dog"),
+        (["photo.jpg", "--classes", "cow"], "unknown class cow: the model has cat, dog"),
         (["photo.jpg", "--min-score", "2"], "min_score is 2.0"),
         (
             ["photo.jpg", "--runtime", "onnx"],

@@ -210,7 +210,7 @@ def test_bad_files_are_named(folder, tmp_path):
         load_exported(folder / "small.onnx", "cuda")
     with pytest.raises(ValueError, match=r"small\.onnx runs in fp32, not in bf16"):
         load_exported(folder / "small.onnx", precision="bf16")
-    with pytest.raises(ValueError, match="precision 'fp8' is none of auto, fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision 'fp8' is not one of auto, fp32, bf16, fp16"):
         load_exported(folder / "small.xml", precision="fp8")
     with pytest.raises(ValueError, match=r"for the runtime openvino, not onnx"):
         load_detector(folder / "small.xml", runtime="onnx")

@@ -380,7 +380,7 @@ def test_atss_takes_the_lower_prior_of_equals_on_every_device():
 
 @pytest.mark.parametrize("name", ["matching", "box_loss", "class_loss"])
 def test_unknown_choices_are_refused(name):
-    with pytest.raises(InputError, match=f"{name} 'ATSS' is none of"):
+    with pytest.raises(InputError, match=f"{name} 'ATSS' is not one of"):
         MultiBoxLoss(ROW, [(4, 1)], **{name: "ATSS"})
 
 

@@ -336,7 +336,7 @@ def hostile_config(**changes):
         ({"level_sides": ((10**6, 10**6),) * 7}, "level_sides must be pairs"),
         ({"prior_shapes": (((0.1, float("nan")),),) * 7}, "prior_shapes must be pairs"),
         ({"prior_shapes": (((0.1, 0.1),) * 10**5,) * 7}, "prior_shapes must be lists"),
-        ({"fpn": "os:system"}, "fpn 'os:system' is none of"),
+        ({"fpn": "os:system"}, "fpn 'os:system' is not one of"),
         ({"aspect_ratios": ((2,) * 10**5,) * 7}, "aspect ratios"),
         ({"format_version": 99}, "format version 99"),
         ({"pretrained": True}, "unknown fields"),

@@ -123,7 +123,7 @@ def test_eval_again(mine, tmp_path):
     eval_script.main(arguments)
     assert json.loads((out / "d.json").read_text())
     eval_script.main(arguments)
-    with pytest.raises(SystemExit, match=r"d\.json exists already and is no metrics"):
+    with pytest.raises(SystemExit, match=r"d\.json exists already and is not a metrics file"):
         eval_script.main([*arguments[:5], "--json", str(out / "d.json")])
     eval_script.main([*arguments[:9], "--json", str(out / "d.json"), "--overwrite"])
     assert json.loads((out / "d.json").read_text())["images"] == 1
@@ -196,7 +196,7 @@ def test_what_cannot_be_written_is_said_before_any_work(tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(InputError, match="is a folder"):
         check_outputs([("report", tmp_path)])
-    with pytest.raises(InputError, match="file is a file and no folder"):
+    with pytest.raises(InputError, match="file is a file, not a folder"):
         check_outputs([("report", tmp_path / "file" / "report.html")])
 
 

@@ -76,7 +76,7 @@ def test_auto_precision(monkeypatch):
 
 
 def test_a_configuration_is_checked_when_it_is_made():
-    with pytest.raises(InputError, match="class_loss 'hinge' is none of"):
+    with pytest.raises(InputError, match="class_loss 'hinge' is not one of"):
         TrainConfig(class_loss="hinge")
     with pytest.raises(InputError, match="lr is nan"):
         replace(TrainConfig(), lr=float("nan"))
@@ -93,22 +93,22 @@ def test_a_configuration_is_checked_when_it_is_made():
         (["--set", "clip_norm=0"], "clip_norm is 0.0; it must be above 0"),
         (["--set", "cache_side=-1"], "cache_side is -1"),
         (["--set", "milestones=(40, 50)"], r"milestones are \(40, 50\); they are shares"),
-        (["--set", "optimizer=lion"], "optimizer 'lion' is none of adamw, sgd"),
-        (["--set", "class_loss=hinge"], "class_loss 'hinge' is none of ohem, focal, quality"),
+        (["--set", "optimizer=lion"], "optimizer 'lion' is not one of adamw, sgd"),
+        (["--set", "class_loss=hinge"], "class_loss 'hinge' is not one of ohem, focal, quality"),
         (["--name", "../x"], "plain folder name"),
         (["--preset", "voc280"], "preset 'voc280' is called voc2012 now"),
-        (["--preset", "coco"], "preset 'coco' is none of voc2012, voc2012_atss, voc0712, voc0712_atss, lite, demo"),
+        (["--preset", "coco"], "preset 'coco' is not one of voc2012, voc2012_atss, voc0712, voc0712_atss, lite, demo"),
         (["--trunk", "resnet18"], "--trunk is called backbone now"),
         (["--trunk-weights=none"], "--trunk-weights is called backbone_weights now"),
         (["--set", "trunk_lr_scale=0.1"], "trunk_lr_scale is called backbone_lr_scale now"),
         (["--set", "backbone_lr_decay=0.7"], "backbone_lr_decay is gone"),
         (["--set", "neck=ssd"], "neck is gone: the neck is always an FPN"),
-        (["--set", "box_loss=ciou"], "'ciou' is none of smooth_l1, giou: ciou is gone"),
-        (["--set", "batch_norm=train"], "'train' is none of frozen, sync: train is gone"),
-        (["--set", "matching=ATSS"], "matching 'ATSS' is none of multibox, atss"),
+        (["--set", "box_loss=ciou"], "'ciou' is not one of smooth_l1, giou: ciou is gone"),
+        (["--set", "batch_norm=train"], "'train' is not one of frozen, sync: train is gone"),
+        (["--set", "matching=ATSS"], "matching 'ATSS' is not one of multibox, atss"),
         (["--data", "nowhere"], "no data list 'nowhere/train.json'"),
         (["--device", "tpu"], "'tpu' is not available here"),
-        (["--precision", "int4"], "precision 'int4' is none of"),
+        (["--precision", "int4"], "precision 'int4' is not one of"),
     ],
 )
 def test_bad_command_lines_are_named(arguments, said, in_tmp):

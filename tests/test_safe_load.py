@@ -83,7 +83,7 @@ def test_compressed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: torch.zeros(1).expand(t.shape), "is no dense, contiguous tensor"),
+        (lambda t: torch.zeros(1).expand(t.shape), "is not a dense, contiguous tensor"),
         (lambda t: torch.zeros(t.shape, dtype=torch.complex64), "torch.complex64"),
         (lambda t: torch.zeros(t.shape, dtype=torch.float64), "torch.float64"),
         (lambda t: torch.zeros(t.shape, dtype=torch.int64), "torch.int64"),

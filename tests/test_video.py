@@ -172,7 +172,7 @@ def test_sigterm_finishes_the_video_and_starts_no_other(folder, tmp_path, monkey
 
     shutil.copy(folder / "clip.mp4", tmp_path / "second.mp4")
     monkeypatch.setattr(Video, "__iter__", interrupted)
-    with pytest.raises(SystemExit, match="what was found so far is written"):
+    with pytest.raises(SystemExit, match="results so far are written"):
         run(folder, tmp_path / "out", folder / "clip.mp4", tmp_path / "second.mp4", "--coco", tmp_path / "coco.json")
     monkeypatch.undo()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "found.jsonl"]

@@ -299,7 +299,7 @@ def load_detector(
         InputError: if the file cannot be read, or cannot run as asked.
     """
     if runtime not in RUNTIMES:
-        raise InputError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+        raise InputError(f"runtime {runtime!r} is not one of {', '.join(RUNTIMES)}")
     if isinstance(path_or_model, FPNSSD):
         if runtime in SUFFIXES:
             raise InputError(f"a model runs on torch, not on {runtime}: give the path of its checkpoint")

@@ -135,7 +135,7 @@ def _load_onnx(path: Path, precision: str) -> tuple[Forward, dict[str, str], str
 
 def _load_openvino(path: Path, precision: str) -> tuple[Forward, dict[str, str], str]:
     if precision not in ("auto", *OPENVINO_PRECISIONS):
-        raise InputError(f"precision {precision!r} is none of auto, {', '.join(OPENVINO_PRECISIONS)}")
+        raise InputError(f"precision {precision!r} is not one of auto, {', '.join(OPENVINO_PRECISIONS)}")
     openvino = import_optional("openvino")
     hints = {"PERFORMANCE_HINT": "LATENCY"}
     if precision != "auto":

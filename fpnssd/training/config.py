@@ -124,7 +124,7 @@ class TrainConfig:
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 reason = f": {value} {OLD_WORDS[value]}" if value in OLD_WORDS else ""
-                raise InputError(f"{field.name} {value!r} is none of {', '.join(get_args(field.type))}{reason}")
+                raise InputError(f"{field.name} {value!r} is not one of {', '.join(get_args(field.type))}{reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
         InputError: for an unknown preset, field or value.
     """
     if args.preset not in PRESETS:
-        reason = OLD_WORDS.get(args.preset, f"is none of {', '.join(PRESETS)}")
+        reason = OLD_WORDS.get(args.preset, f"is not one of {', '.join(PRESETS)}")
         raise InputError(f"preset {args.preset!r} {reason}")
     changes = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     config = PRESETS[args.preset]()

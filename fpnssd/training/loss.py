@@ -5,7 +5,7 @@
     terms = loss(offsets, logits, batch, matches, matches.num_positives.clamp(min=1))  # {"box": ..., "class": ...}
 
 The ground truth of a batch is padded: boxes_norm (B, N, 4) xyxy in 0..1, labels (B, N) with 0 for padding, difficult
-and crowd (B, N) bool. Nothing here loops over images, and nothing makes the host wait for the GPU.
+and crowd (B, N) bool. There is no loop over images and no GPU synchronisation.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Matches(NamedTuple):
     """The ground truth that each prior is trained on."""
 
     labels: Tensor  # (B, P) int64: 1..C for positives, 0 for background, IGNORED
-    gt_index: Tensor  # (B, P) int64: the matched ground-truth box of the image; meaningful for positives only
+    gt_index: Tensor  # (B, P) int64: the matched ground-truth box of the image for positives; undefined elsewhere
 
     @property
     def num_positives(self) -> Tensor:
@@ -72,8 +72,8 @@ def assign_atss(
         iou: (B, N, P), of every ground-truth box and prior.
         boxes: (B, N, 4) xyxy in 0..1.
         priors: (P, 4) cxcywh.
-        level_counts: (priors, priors a cell) of each level.
-        nearest: cells a level.
+        level_counts: (priors, priors per cell) of each level.
+        nearest: cells per level.
 
     Returns:
         (B, N, P) bool: the pairs that may be matched.
@@ -128,7 +128,7 @@ def match(
     best_iou, gt_index = torch.where(allowed, iou, -1.0).max(dim=1)  # (B, P); the first of equals
     positive = best_iou >= 0
     forced = force_match(iou)  # (B, N)
-    # Boxes without a prior of their own write into one prior more than there are, which is cut off.
+    # Boxes without a prior of their own write to an extra dummy column, which is cut off.
     slots = torch.where(forced >= 0, forced, num_priors)
     rows = torch.arange(num_boxes, device=labels.device).expand(batch_size, -1)
     gt_index = F.pad(gt_index, (0, 1)).scatter(1, slots, rows)[:, :-1]
@@ -142,8 +142,8 @@ def match(
 def force_match(iou: Tensor) -> Tensor:
     """Gives each ground-truth box one prior of its own, greedily, the pair of highest IoU first.
 
-    Ties go to the first box, then to the first prior. At most N - 1 priors are taken by the other boxes of an image, so
-    a box finds its prior among its N best: the loop runs on (B, N, N), not on all priors.
+    Ties are resolved in favour of the first box, then the first prior. The other boxes of an image take at most N - 1
+    priors, so a box finds its prior among its N best: the loop runs on (B, N, N), not on all priors.
 
     Args:
         iou: (B, N, P) float32; -1 in the rows of boxes that get none.
@@ -171,8 +171,8 @@ def force_match(iou: Tensor) -> Tensor:
 def _ordered(values: Tensor, count: int, largest: bool) -> Tensor:
     """Indices (..., count) of the largest or smallest values of the last dimension, ties by lower index.
 
-    topk alone leaves ties open, and devices break them differently. The bits of a float32 >= 0 are in the order of its
-    value: with the index below them they are integers without ties.
+    topk does not define the order of ties, and devices break them differently. The bits of float32 values >= 0, read as
+    integers, have the order of the values: with the index below them there are no ties.
 
     Args:
         values: (..., n) float32, >= 0.
@@ -216,8 +216,8 @@ def smooth_l1_box_loss(offsets: Tensor, targets_cxcywh: Tensor, priors: Tensor) 
 def giou_box_loss(offsets: Tensor, targets_cxcywh: Tensor, priors: Tensor) -> Tensor:
     """1 - generalised IoU of the decoded boxes (Rezatofighi et al., arXiv:1902.09630).
 
-    torchvision's loss of this name selects pairs with a mask, for which the host waits for the GPU, and adds 1e-7 to
-    areas, which are that small in units of the image.
+    torchvision's loss of this name selects pairs with a mask, which synchronises with the GPU, and adds 1e-7 to
+    areas, which can be that small as fractions of the image.
     """
     predicted, targets = _to_xyxy(decode_offsets(offsets, priors)), _to_xyxy(targets_cxcywh)
     iou, union = _elementwise_iou(predicted, targets)
@@ -263,7 +263,8 @@ def focal_class_loss(
 ) -> Tensor:
     """Focal loss of all priors (Lin et al., arXiv:1708.02002, equation 5), with softmax instead of sigmoids.
 
-    -a (1 - p)^gamma log p of the right class; a is alpha for objects and 1 - alpha for background.
+    -a (1 - p)^gamma log p, where p is the probability of the true class and a is alpha for objects, 1 - alpha for
+    background.
     """
     log_p = logits.log_softmax(dim=2).gather(2, labels.clamp(min=0)[..., None])[..., 0]  # (B, P)
     weights = torch.where(labels > 0, alpha, 1 - alpha)
@@ -287,7 +288,7 @@ def quality_class_loss(logits: Tensor, labels: Tensor, quality: Tensor, beta: fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Together
+# The complete loss
 
 ASSIGN_RULES = {"multibox": assign_by_iou, "atss": assign_atss}
 BOX_LOSSES = {"smooth_l1": smooth_l1_box_loss, "giou": giou_box_loss}
@@ -296,7 +297,7 @@ CLASS_LOSSES = {"ohem": ohem_class_loss, "focal": focal_class_loss, "quality": q
 
 def _choose(name: str, value: str, choices: dict[str, Any]) -> Any:
     if value not in choices:
-        raise InputError(f"{name} {value!r} is none of {', '.join(choices)}")
+        raise InputError(f"{name} {value!r} is not one of {', '.join(choices)}")
     return choices[value]
 
 
@@ -308,7 +309,7 @@ class MultiBoxLoss(nn.Module):
 
     Args:
         priors: (P, 4) cxcywh in 0..1.
-        level_counts: (priors, priors a cell) of each level, as in FPNSSD.level_counts; "atss" needs it.
+        level_counts: (priors, priors per cell) of each level, as in FPNSSD.level_counts; "atss" needs it.
         matching: "multibox" (SSD: IoU >= min_iou) or "atss".
         box_loss: "smooth_l1" or "giou".
         class_loss: "ohem", "focal" or "quality".
@@ -345,7 +346,7 @@ class MultiBoxLoss(nn.Module):
         self.difficult_positive = difficult_positive
 
     def match(self, batch: dict[str, Any]) -> Matches:
-        """Matches the priors with a batch's ground truth (see the function of this name)."""
+        """Matches the priors with a batch's ground truth (see match())."""
         return match(self.priors, batch, self.rule, self.difficult_positive)
 
     def forward(
@@ -358,7 +359,7 @@ class MultiBoxLoss(nn.Module):
             logits: (B, P, C + 1), of the network.
             batch: its boxes_norm (B, N, 4) are read.
             matches: of `match` for this batch.
-            normaliser: what the sums are divided by: usually the positives of all batches of the step, at least 1.
+            normaliser: divisor of the sums: usually the number of positives of all batches of the step, at least 1.
 
         Returns:
             {"box": (), "class": ()}.
@@ -372,7 +373,7 @@ class MultiBoxLoss(nn.Module):
     def box_targets(self, boxes_norm: Tensor, matches: Matches) -> Tensor:
         """(B, P, 4) cxcywh: the matched box of each positive prior.
 
-        Other priors have themselves as target: their loss is not counted, but the log of an empty box is not finite.
+        Other priors have themselves as target: their loss is not used, but the log of an empty box would not be finite.
         """
         if boxes_norm.shape[1] == 0:
             return self.priors.expand(len(boxes_norm), -1, -1)
@@ -382,7 +383,7 @@ class MultiBoxLoss(nn.Module):
 
     @torch.no_grad()
     def quality(self, offsets: Tensor, targets_cxcywh: Tensor) -> Tensor | None:
-        """(B, P): IoU of the predicted boxes with their targets; None but for the quality loss, which alone uses it."""
+        """(B, P): IoU of the predicted boxes with their targets; None unless class_loss is quality."""
         if self.class_loss is not quality_class_loss:
             return None
         return _elementwise_iou(_to_xyxy(decode_offsets(offsets, self.priors)), _to_xyxy(targets_cxcywh))[0]
