@@ -223,7 +223,7 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)
-    # Python's garbage collection writes into every object it visits, and so copies the pages that a fork shares.
+    # Garbage collection writes to every object it visits, and so copies the pages that a fork shares.
     gc.freeze()
     # glibc would keep the memory of batches in a fragmented heap: up to 200 MB a worker. Blocks above 4 MB go back to
     # the system; training on the CPU disables that before the fork.

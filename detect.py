@@ -5,7 +5,7 @@
     cat photo.jpg | python detect.py - --json - --no-pictures
     python detect.py clip.mp4 camera:0                      # with pip install av; Ctrl-C ends a camera
 
-In Python, with torch's safe loading left on:
+In Python; importing detect lets torch.load keep its safe default, weights_only=True:
 
     import torch
     from detect import detect

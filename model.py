@@ -28,8 +28,8 @@ from fpnssd.model_config import FORMAT_VERSION, ModelConfig
 from fpnssd.safe_load import CheckpointError, load_tensors
 from utils import InputError, atomic_write
 
-CENTRE_VARIANCE, SIDE_VARIANCE = 0.1, 0.2  # SSD's scaling of (cx, cy) and (w, h) offsets
-MAX_SIDE_OFFSET = math.log(1000 / 16)  # torchvision's limit, before exp: an untrained network overflows nothing
+CENTRE_VARIANCE, SIDE_VARIANCE = 0.1, 0.2  # scaling of (cx, cy) and (w, h) offsets in SSD
+MAX_SIDE_OFFSET = math.log(1000 / 16)  # limit before exp, as in torchvision: prevents overflow in an untrained network
 FIRST_CANDIDATES = 1024
 
 
@@ -42,7 +42,9 @@ class Thresholds:
     top_k: int  # most detections of an image
 
 
-EVALUATION = Thresholds(min_score=0.01, max_overlap=0.45, top_k=200)  # SSD's; average precision needs low scores too
+EVALUATION = Thresholds(
+    min_score=0.01, max_overlap=0.45, top_k=200
+)  # as in SSD; average precision needs low scores too
 # For display; F1 was highest at 0.4 on 200 photographs (experiments/README.md).
 DETECTION = Thresholds(min_score=0.4, max_overlap=0.5, top_k=200)
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoint" / "fpnssd300_lite_voc.pth.tar")  # the one that ships
@@ -84,7 +86,7 @@ def build_backbone(name: str, weights: str = "none") -> tuple[Any, tuple[float, 
     if unsaved:  # build_model could not restore them
         raise InputError(f"backbone {name!r} keeps {unsaved[0]!r} out of its state dict, so checkpoints would lack it")
     if weights != "none":
-        # For some backbones timm's features_only writes stages_0 where the whole network has stages.0.
+        # For some backbones features_only of timm writes stages_0 where the whole network has stages.0.
         given = {key.replace(".", "_"): tensor for key, tensor in backbone_state_dict(name, weights).items()}
         state = {key: given.get(key.replace(".", "_")) for key in expected}
         absent = sorted(key for key in expected if getattr(state[key], "shape", None) != expected[key].shape)

@@ -212,7 +212,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
 
     Args:
         outputs: pairs (kind, path); a path of None or "-" is passed over, and so are devices and pipes. Kinds are
-            names such as "report"; those of BINARY_KINDS are no text.
+            names such as "report"; those of BINARY_KINDS are not text.
         inputs: what this call reads: paths, or file_ids of them where the function is called often.
         overwrite: --overwrite was given: existing files are replaced, though no inputs.
 

@@ -119,7 +119,7 @@ def test_a_photograph_is_no_file_for_answers(folder, tmp_path, option):
     for path in paths:
         shutil.copy(folder / "photo.jpg", path)
     before = paths[0].read_bytes()
-    with pytest.raises(SystemExit, match=rf"{option} .*0\.jpg: that is no file to write text to"):
+    with pytest.raises(SystemExit, match=rf"{option} .*0\.jpg: that is not a text file"):
         main(["--checkpoint", str(folder / "small.pth.tar"), "--no-pictures", option, *map(str, paths)])
     assert paths[0].read_bytes() == before
 

@@ -191,7 +191,7 @@ def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsy
         (["--seed", "1"], "seed 0 -> 1"),
         (["--set", "optimizer=sgd"], "optimizer 'adamw' -> 'sgd'"),
         (["--set", "fpn_channels=32"], "other classes or shapes"),
-        (["--batch-size", "3"], "4 images a step .*, not 3"),
+        (["--batch-size", "3"], "4 images per step .*, not 3"),
     ):
         with pytest.raises(SystemExit, match=refused):
             main(["--resume", "--name", "tiny", "--epochs", "3", *changes])

@@ -45,7 +45,7 @@ class Errors:
     """The n detections of a Ranked, classified, and the objects that were missed."""
 
     status: np.ndarray  # (n,) int8: 1 true positive, 0 false positive, -1 ignored
-    types: np.ndarray  # (n,) a key of ERROR_TYPES, "" for what is no error
+    types: np.ndarray  # (n,) a key of ERROR_TYPES, "" for a detection that is not an error
     objects: np.ndarray  # (n,) the object that a true positive, class, location or duplicate one refers to, else -1
     missed: np.ndarray  # (objects,) bool
 

@@ -26,7 +26,7 @@ from fpnssd.evaluation.metrics import Ranked, match_voc
 NAMES = ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
 COCO_RECALLS = np.linspace(0, 1, 101)
-MAX_DETECTIONS = 100  # of a class in an image; COCO ignores the rest
+MAX_DETECTIONS = 100  # per class and image; COCO ignores the rest
 MAX_WEIGHTS = 20_000_000  # of resamples x detections at a time: bounds the memory
 
 Scores = dict[str, np.ndarray]  # (samples,) of each of NAMES
@@ -37,12 +37,12 @@ class Matched:
     """The status of each detection: 1 true positive, 0 false positive, -1 ignored."""
 
     ranked: Ranked
-    voc: np.ndarray  # (n,) int8, under VOC's rule at IoU 0.5
-    coco: np.ndarray  # (n, 10) int8, under COCO's at COCO_IOUS
+    voc: np.ndarray  # (n,) int8, under the VOC rule at IoU 0.5
+    coco: np.ndarray  # (n, 10) int8, under the COCO rule at COCO_IOUS
 
 
 def match(data_list: DataList, ranked: Ranked) -> Matched:
-    """Matches detections with ground-truth boxes, under VOC's and COCO's rules."""
+    """Matches detections with ground-truth boxes, under the VOC and COCO rules."""
     return Matched(ranked, match_voc(data_list, ranked), match_coco(data_list, ranked))
 
 

@@ -3,7 +3,7 @@
 VOC2007 (11-point interpolation) and VOC2010+ (area under the interpolated curve) follow the devkit: a detection is
 compared with the ground-truth box of its class that it overlaps most, and matches it if their IoU reaches the
 threshold; objects marked difficult count neither as found nor as missed; detections of equal score keep the order of
-the data list. COCO's twelve numbers are faster-coco-eval's, which agree with pycocotools.
+the data list. The twelve COCO metrics are computed by faster-coco-eval, which agrees with pycocotools.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def compute_metrics(
 
     Args:
         data_list: the ground truth.
-        detections: one dict an image, in the order of the data list; or rank() of them.
+        detections: one dict per image, in the order of the data list; or rank() of them.
         iou_thresholds: of the VOC metrics.
         min_scores: score thresholds to give precision, recall and F1 at.
 
@@ -128,7 +128,7 @@ def rank(data_list: DataList, detections: Sequence[ImageDetections]) -> Ranked:
 
     Args:
         data_list: the ground truth.
-        detections: one dict an image, in the order of the data list.
+        detections: one dict per image, in the order of the data list.
 
     Raises:
         ValueError: if there are more or fewer dicts than images.
@@ -215,7 +215,7 @@ def paired_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def match_voc(data_list: DataList, ranked: Ranked, iou_threshold: float = 0.5) -> np.ndarray:
-    """The status (n,) int8 of each detection under VOC's rule; those of difficult objects and crowds are ignored."""
+    """The status (n,) int8 of each detection under the VOC rule; those of difficult objects and crowds are ignored."""
     matched = np.where(ranked.ious >= iou_threshold, ranked.objects, -1)
     ignored = np.append(~data_list.counted, False)[matched]  # index -1 is the appended False
     # The best detection of an object is its true positive; later ones are duplicates, false positives.
@@ -318,7 +318,7 @@ def best_f1(scores: np.ndarray, status: np.ndarray, num_objects: int) -> dict[st
 
 
 def coco_metrics(data_list: DataList, ranked: Ranked) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """COCO's numbers by COCO_NAMES, and coco_ap and coco_ap50 by class."""
+    """The COCO metrics by COCO_NAMES, and coco_ap and coco_ap50 by class."""
     unknown = {name: {"coco_ap": None, "coco_ap50": None} for name in data_list.classes}
     if len(ranked) == 0:  # the library raises here
         return _coco_without_detections(data_list, unknown)
@@ -392,7 +392,7 @@ def _coco_truth(data_list: DataList) -> COCO:
 
 
 def _coco_results(ranked: Ranked) -> list[dict[str, Any]]:
-    """COCO's result format, image after image, with row + 1 as image id and labels as category ids."""
+    """COCO results format, image after image, with row + 1 as image id and labels as category ids."""
     order = np.argsort(ranked.images, kind="stable")
     boxes = ranked.boxes[order].astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]

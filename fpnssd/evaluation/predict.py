@@ -31,7 +31,7 @@ class Predictor:
         detector: the network and its priors.
         min_score: score threshold.
         max_overlap: NMS IoU threshold.
-        top_k: most detections of an image.
+        top_k: most detections per image.
         flip: average the class probabilities and the offsets of each image and its mirror image.
 
     Attributes:
@@ -113,7 +113,7 @@ def predict(
         predict_fn: as Predictor.__call__.
         data_list: the images.
         image_size: side S of the square the images are resized to, in pixels.
-        batch_size: images a call.
+        batch_size: images per call.
         workers: processes that load images.
 
     Returns:

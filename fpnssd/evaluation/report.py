@@ -32,13 +32,13 @@ from utils import InputError, write_text
 PROTOCOLS = {
     "voc2007_ap50": "VOC2007: IoU 0.5, mean precision at 11 recalls",
     "voc2010_ap50": "VOC2010 to 2012: IoU 0.5, area under the interpolated curve",
-    "coco_ap": "COCO: mean over IoU 0.5, 0.55 .. 0.95, 101 recalls, 100 detections a class and image",
+    "coco_ap": "COCO: mean over IoU 0.5, 0.55 .. 0.95, 101 recalls, 100 detections per class and image",
     "coco_ap50": "COCO at IoU 0.5",
     "coco_ap75": "COCO at IoU 0.75",
     "coco_ap_small": "COCO, objects of less than 32 x 32 pixels",
     "coco_ap_medium": "COCO, 32 x 32 to 96 x 96 pixels",
     "coco_ap_large": "COCO, larger ones",
-    "coco_ar100": "COCO: mean recall with 100 detections a class and image",
+    "coco_ar100": "COCO: mean recall with 100 detections per class and image",
 }
 PICTURE_SIDE = 320  # pixels
 

@@ -1,4 +1,4 @@
-"""Detections of a whole data list as files: COCO's result format and the files of VOC's evaluation server.
+"""Detections of a whole data list as files: the COCO results format and the files of the VOC evaluation server.
 
 write_coco("detections.json", data_list, detections)
 detections, problems = read_coco("detections.json", data_list)   # of this or any other detector
@@ -21,7 +21,7 @@ from utils import write_text
 
 
 def write_coco(path: str | Path, data_list: DataList, detections: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Writes COCO's result format: a JSON list of rows with image_id, file_name, category_id, bbox (x, y,
+    """Writes the COCO results format: a JSON list of rows with image_id, file_name, category_id, bbox (x, y,
     width, height) and score. file_name is not part of the format: read_coco uses it to detect files of another list.
 
     Args:
@@ -42,8 +42,8 @@ def write_coco(path: str | Path, data_list: DataList, detections: Sequence[dict[
 def write_voc(
     folder: str | Path, data_list: DataList, detections: Sequence[dict[str, torch.Tensor]], split: str
 ) -> None:
-    """Writes comp4_det_SPLIT_CLASS.txt for each class, as VOC's evaluation server takes them: a line per detection with
-    image name, score, and xmin, ymin, xmax, ymax counted from 1.
+    """Writes comp4_det_SPLIT_CLASS.txt for each class, as the VOC evaluation server takes them: a line per
+    detection with image name, score, and xmin, ymin, xmax, ymax counted from 1.
 
     Args:
         folder: of the files.
@@ -91,7 +91,7 @@ def _rows(result: dict[str, torch.Tensor]) -> Iterator[tuple[list[float], float,
 def read_coco(
     path: str | Path, data_list: DataList, skip_bad: bool = False
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, int]]:
-    """Reads detections in COCO's result format.
+    """Reads detections in the COCO results format.
 
     Args:
         path: of a JSON list, in any order.
@@ -111,7 +111,7 @@ def read_coco(
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path} is not a list of detections in COCO's result format, but a {type(rows).__name__}")
+        raise DataError(f"{path} is not a list of detections in the COCO results format, but a {type(rows).__name__}")
     row_of = {data_list.image_id(index): index for index in range(len(data_list))}
     label_of = {category_id: label for label, category_id in enumerate(data_list.category_ids, start=1)}
     kept: list[list[tuple[float, tuple[float, ...], int]]] = [[] for _ in range(len(data_list))]

@@ -32,7 +32,9 @@ def format_table(metrics: dict[str, Any]) -> str:
     if seconds:
         total = sum(seconds.values())
         parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-        lines.append(f"{metrics['images']} images in {total:.1f} s ({metrics['images'] / total:.1f} a second): {parts}")
+        lines.append(
+            f"{metrics['images']} images in {total:.1f} s ({metrics['images'] / total:.1f} per second): {parts}"
+        )
     if settings:
         lines.append(", ".join(f"{name} {value}" for name, value in settings.items()))
     return "\n".join(lines)

@@ -78,7 +78,7 @@ class Detections:
         return {"source": self.source, "height": self.size[0], "width": self.size[1], "objects": objects}
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Rows of COCO's result format.
+        """Rows of the COCO results format.
 
         Args:
             image_id: the image's, for all rows.
@@ -153,7 +153,7 @@ class Detector:
             images: one image, or a list of them; see load_image for what an image may be. Arrays are RGB.
             min_score: score threshold: detections score above it.
             max_overlap: NMS IoU threshold within a class.
-            top_k: most detections of an image.
+            top_k: most detections per image.
             suppress: names of classes to leave out.
             batch_size: images that are loaded and run through the network at a time.
 

@@ -30,8 +30,8 @@ class OutputPaths:
     """Where each kind of output goes; None for those that are not wanted."""
 
     pictures: Path | None = None  # folder of annotated copies, and of annotated videos
-    json: str | None = None  # file that gets a line an image; "-" is standard output
-    coco: Path | None = None  # file in COCO's result format
+    json: str | None = None  # file that gets a line per image; "-" is standard output
+    coco: Path | None = None  # file in the COCO results format
     voc_xml: Path | None = None  # folder
     yolo: Path | None = None  # folder
     crops: Path | None = None  # folder that gets a folder for each class
@@ -45,12 +45,12 @@ class OutputPaths:
         it is known before they are read: cut-outs and the files of video frames depend on what is found.
 
         Raises:
-            InputError: if the name for JSON or COCO's results is a picture's. The shell makes --json a.jpg b.jpg of
+            InputError: if the name for JSON or COCO results is that of a picture. The shell makes --json a.jpg b.jpg of
                 --json *.jpg.
         """
         for option, path in (("--json", self.json), ("--coco", self.coco)):
             if path and Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-                raise InputError(f"{option} {path}: that is no file to write text to; name one before the pictures")
+                raise InputError(f"{option} {path}: that is not a text file; name the file before the pictures")
         files = [(JSON, Path(self.json))] if self.json and self.json != "-" else []
         files += [(COCO, self.coco)] if self.coco else []
         for name in names:
@@ -66,7 +66,7 @@ class OutputPaths:
 class Outputs:
     """Writes the results of one image after the other, for a with block; failures are printed and counted.
 
-    JSON lines and COCO's rows are written as they come, so that endless inputs take no memory. At the end of the block,
+    JSON lines and COCO rows are written as they come, so that endless inputs take no memory. At the end of the block,
     however it ends, the COCO file is completed.
 
     Args:
@@ -74,7 +74,7 @@ class Outputs:
         names: the inputs' (see OutputPaths.files).
         inputs: files that may not be written over.
         overwrite: whether other files that this program did not write may be.
-        yolo_scores: write YOLO's sixth column.
+        yolo_scores: write the sixth column of YOLO.
 
     Attributes:
         failures: images and videos that failed.
@@ -259,7 +259,7 @@ def write_voc_xml(path: Path, detections: Detections, file_name: str) -> None:
 
 
 def write_yolo(path: Path, detections: Detections, scores: bool = True) -> None:
-    """Writes detections as YOLO's text: a line each of class from 0, centre and sides in 0..1 of the image, score.
+    """Writes detections as YOLO text: class from 0, centre and sides in 0..1 of the image, score, a line each.
 
     Args:
         path: the text file.

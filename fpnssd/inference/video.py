@@ -47,7 +47,7 @@ class Video:
 
     Attributes:
         num_frames: 0 if it is not known.
-        rate: frames a second.
+        rate: frames per second.
         time_base: seconds.
 
     Raises:

@@ -212,8 +212,9 @@ class RunFolder:
             )
         if checkpoint["step_images"] != identity["step_images"]:
             raise InputError(
-                f"{path} was trained with {checkpoint['step_images']} images a step (batch x processes x accumulation),"
-                f" not {identity['step_images']}: its epochs would differ; --batch-size can keep the product"
+                f"{path} was trained with {checkpoint['step_images']} images per step (batch x processes x "
+                f"accumulation), not {identity['step_images']}: its epochs would differ; "
+                "--batch-size can keep the product"
             )
         changed = sorted(name for name in now if name not in FREE and saved.get(name) != now[name])
         changes = {name: f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in changed}

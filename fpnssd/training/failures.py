@@ -1,4 +1,4 @@
-"""How a training ends early: a signal that asks it to stop, and what it says about failures."""
+"""How a training ends early: stop signals, and messages for failures."""
 
 import math
 import signal
@@ -96,7 +96,7 @@ def _describe_not_finite(error: NotFiniteError, dataset: DetectionDataset, folde
 
 
 def _describe_out_of_memory(config: TrainConfig, num_images: int, text: str) -> str:
-    """With what takes less memory: a batch size with which a step has as many images, if there is one."""
+    """Names what takes less memory: a batch size that keeps the images per step, if there is one."""
     batch_size, accumulate = batch_sizes(config, num_images)
     smaller = [
         size
@@ -107,7 +107,7 @@ def _describe_out_of_memory(config: TrainConfig, num_images: int, text: str) -> 
     if config.batch_size > 1:
         advice = f"another run with --batch-size {config.batch_size // 2} takes half of it"
     if smaller:
-        advice = f"--batch-size {smaller[0]} takes less, accumulates to the same images a step, and may be resumed with"
+        advice = f"--batch-size {smaller[0]} takes less, keeps the images per step, and can be used with --resume"
     return (
         f"the GPU's memory does not hold a batch of {config.batch_size} images of {config.image_size} pixels in "
         f"{config.precision} precision: {advice} ({text.splitlines()[0]})"

@@ -1,4 +1,4 @@
-"""What a training draws: the curves of its log, and detections in images of the evaluation list."""
+"""Pictures of a training: the curves of its log, and detections in images of the evaluation list."""
 
 import csv
 import math

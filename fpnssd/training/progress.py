@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar or lines of text, TensorBoard, pictures, the curves of its log."""
+"""The progress of a training: a bar or lines of text, TensorBoard, pictures and curves of the log."""
 
 import importlib.util
 import time
