@@ -220,13 +220,8 @@ def create_data_lists(
     for split in splits:
         check_losses(split, unlabelled, allow_loss)
         check_units(split)
-    serious: Counter[str] = Counter()
-    for row in report["problems"]:
-        if row["kind"] not in NOTED:
-            serious[row["kind"]] += row["count"]
-    if strict and serious:
-        counts = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
-        raise DataError(f"--strict: {counts}. No list was written")
+    if strict:
+        check_nothing_changed(report)
     lists = {out / f"{split.name}.json": to_coco(split, classes, out) for split in splits}
     for path, content in lists.items():
         DataList.from_coco(path, content)  # raises where train.py could not read the list
@@ -234,6 +229,17 @@ def create_data_lists(
         write_text(path, json.dumps(content), "data list")
         print(f"wrote {path}")
     return report
+
+
+def check_nothing_changed(report: Report) -> None:
+    """--strict: DataError if anything was left out or changed."""
+    serious: Counter[str] = Counter()
+    for row in report["problems"]:
+        if row["kind"] not in NOTED:
+            serious[row["kind"]] += row["count"]
+    if serious:
+        counts = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
+        raise DataError(f"--strict: {counts}. No list was written")
 
 
 def check_losses(split: Split, unlabelled: bool = False, allow_loss: bool = False) -> None:
