@@ -68,9 +68,9 @@ def in_tmp(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a loader's worker that outlives its test would hold the browser's pipes open
 def browser():
-    """Debian's Chromium without a window, started once. Where it is missing the test skips; in CI it fails."""
+    """Debian's Chromium without a window, one for a test file. Where it is missing the test skips; in CI it fails."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if not Path(CHROMIUM).is_file():
         if os.environ.get("CI"):
