@@ -141,7 +141,7 @@ def test_another_backbone_is_left_as_it_is():
     for parameter in old.parameters():
         nn.init.constant_(parameter, 2.0)
     said = load_weights(new, old)
-    assert "left out, missing or of another shape: pixel_mean, pixel_std, backbone." in said
+    assert "not copied, missing or of another shape: pixel_mean, pixel_std, backbone." in said
     for name, tensor in new.state_dict().items():
         if name.startswith(("backbone.", "pixel_")):  # its pixel statistics belong to the backbone
             assert torch.equal(tensor, before[name])
@@ -151,5 +151,5 @@ def test_another_backbone_is_left_as_it_is():
 def test_what_does_not_fit_is_said():
     new = tiny_model(fpn_channels=32)
     said = load_weights(new, tiny_model())
-    assert "left out, missing or of another shape: fpn." in said
+    assert "not copied, missing or of another shape: fpn." in said
     assert all(torch.isfinite(tensor).all() for tensor in new.state_dict().values())
