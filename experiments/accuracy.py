@@ -1,18 +1,19 @@
-"""Which recipe finds more on VOCreal: named variants of the lite preset, trained and scored alike.
+"""Compares recipes on VOCreal: named variants of the lite preset, trained and scored alike.
 
     python -m experiments.accuracy screen base giou atss                  # 12 epochs, seed 0, on the screening split
-    python -m experiments.accuracy screen copy_paste+giou                 # two together
+    python -m experiments.accuracy screen copy_paste+giou                 # two changes together
     python -m experiments.accuracy confirm base atss --seeds 0 1 2        # 24 epochs, on val
-    python -m experiments.accuracy screen torchvision_fcos+half_lr        # a peer on the same ground (see peers.py)
+    python -m experiments.accuracy large base+lite2                       # 4 epochs, on 400 of train_large
+    python -m experiments.accuracy screen torchvision_fcos+half_lr        # another detector, trained alike (peers.py)
     python -m experiments.accuracy table screen                           # differences to base, with paired intervals
-    python -m experiments.accuracy table screen --seeds 0                 # of one seed's runs alone
+    python -m experiments.accuracy table screen --seeds 0                 # the runs of one seed alone
 
-`screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones; val is only
-read by `confirm`, once a run, after the last epoch. Every run is kept in runs/accuracy_STAGE_VARIANT_SEED_EPOCHS_HASH
-and resumed if it was stopped; a finished one becomes a row of the results and is not run again: `--results mine.csv`
-starts from none. Differences whose interval holds 0 are called noise; intervals are of the photographs alone, and
-another seed moves AP50 as well. A revision with a plus had changes that were not committed; a run that was gone on with
-under another one has both.
+`screen` takes 200 of the training list's VOC2012 photographs out of it to score on, always the same ones. `large` takes
+400 of all sources out of the list train_large. Only `confirm` reads val, once a run, after the last epoch. Each run is
+kept in runs/accuracy_STAGE_VARIANT_SEED_EPOCHS_HASH and resumed if it was stopped. A finished one becomes a row of the
+results and is not run again; `--results mine.csv` starts with no rows. A difference whose interval holds 0 is called
+noise. Intervals are of the photographs alone: another seed moves AP50 as well. A revision with a plus had uncommitted
+changes; a run that was resumed at another revision names both.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from pathlib import Path
 import torch
 
 from experiments.peers import PEERS, train_peer
+from experiments.screening import screening_ids
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from fpnssd.evaluation import intervals
@@ -58,7 +60,7 @@ from utils import (
     write_text,
 )
 
-# What the lite preset took from this table since: variants start without it.
+# Changes of this table that the lite preset has by now: variants start without them.
 TAKEN_BACK = [
     "backbone=tf_efficientnet_lite0", "matching=multibox", "box_loss=smooth_l1", "box_weight=1.0", "class_loss=ohem",
     "augment.copy_paste=0.0", "augment.close_epochs=10", "class_balance=0.0",
@@ -101,8 +103,9 @@ SHARED_WITH_PEERS = (
     "batch_size", "nominal_batch", "lr", "backbone_lr_scale", "weight_decay", "frozen_stages", "backbone",
     "fpn_channels",
 )  # fmt: skip
-EPOCHS = {"screen": 12, "confirm": 24}
+EPOCHS = {"screen": 12, "confirm": 24, "large": 4}
 SCREENING_IMAGES = 200
+LARGE_IMAGES, LARGE_OBJECTS = 400, 15  # taken out of train_large, and least of each class among them
 RESAMPLES = 4_000  # of a comparison; with 1,000 the ends of intervals move by a tenth of a point
 RESULTS = "experiments/accuracy.csv"
 DEFAULTS = Path(__file__).with_name("accuracy_defaults.json")
@@ -119,9 +122,9 @@ COLUMNS = (
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("screen", "confirm", "table"))
+    parser.add_argument("what", choices=(*EPOCHS, "table"))
     parser.add_argument("names", nargs="*", metavar="VARIANT", help=f"of {', '.join((*VARIANTS, *PEERS))}")
-    parser.add_argument("--data", default="data/vocreal", help="folder of the data lists train and val")
+    parser.add_argument("--data", default="data/vocreal", help="folder of the data lists train and val, or train_large")
     parser.add_argument("--seeds", type=int, nargs="+", help="0 if not named; of table: all that there are")
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=f"instead of {RESULTS}")
@@ -146,6 +149,8 @@ def main(argv=None):
 
 def lists_of(stage, data):
     """Folder with the lists train and val of a stage; DataError if train, screening and val share a photograph."""
+    if stage == "large":
+        return large_lists(data)
     paths = {name: data / f"{name}.json" for name in ("train", "val")}
     for path in paths.values():
         if not path.is_file():
@@ -167,9 +172,26 @@ def lists_of(stage, data):
     check_apart(splits, data)
     if stage == "confirm":
         return data
-    folder = data.with_name(f"{data.name}_screen")
-    for name, part in (("train", "train"), ("val", "screening")):
-        content = json.dumps(splits[part])
+    return write_lists(data.with_name(f"{data.name}_screen"), splits["train"], splits["screening"])
+
+
+def large_lists(data):
+    """Folder with the list train_large less the photographs taken out of it, as train, and those as val."""
+    path = data / "train_large.json"
+    if not path.is_file():
+        raise DataError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    taken = screening_ids(content, LARGE_IMAGES, LARGE_OBJECTS)
+    train_part = chosen(content, lambda image_id: image_id not in taken)
+    screening = chosen(content, lambda image_id: image_id in taken)
+    check_apart({"train": train_part, "screening": screening}, data)
+    return write_lists(data.with_name(f"{data.name}_screen_large"), train_part, screening)
+
+
+def write_lists(folder, train_part, val_part):
+    """The folder, with both as data lists; files that hold them already are left alone."""
+    for name, part in (("train", train_part), ("val", val_part)):
+        content = json.dumps(part)
         path = folder / f"{name}.json"
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
             write_text(path, content)
@@ -199,15 +221,15 @@ def check_apart(splits, data):
 
 
 def run_variant(stage, name, seed, folder, epochs, results):
-    """Trains a variant, or what is left of it, scores its last epoch and adds the row, unless it is there."""
+    """Trains a variant or resumes it, scores its last epoch and adds the row; does nothing where the row is there."""
     check_name(name)
     config = variant_config(name, stage, seed, folder, epochs)
     digest = config_hash(config, name)
-    asked = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
-    if any(answers(row, asked) and row["config_hash"] == digest for row in read_results(results)):
+    key = {"stage": stage, "variant": name, "seed": str(seed), "epochs": str(epochs)}
+    if any(has_key(row, key) and row["config_hash"] == digest for row in read_results(results)):
         print(f"{config.name} is in {results} already; --results FILE keeps others")
         return
-    config = replace(config, name=f"{config.name}_{digest}")  # what was another recipe is not gone on with
+    config = replace(config, name=f"{config.name}_{digest}")  # a run of another recipe is not resumed
     run_folder = Path("runs") / config.name
     begun = run_folder / "revision"
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +246,7 @@ def run_variant(stage, name, seed, folder, epochs, results):
     metrics = compute_metrics(val_list, found)
     limits = intervals.intervals(val_list, intervals.match(val_list, rank(val_list, found)))
     row = {
-        "run": config.name, **asked, "images": len(train_list), "git": begun.read_text(), "config_hash": digest,
+        "run": config.name, **key, "images": len(train_list), "git": begun.read_text(), "config_hash": digest,
         "hardware": hardware(), "minutes": round(minutes, 1), "date": str(date.today()), "torch": torch.__version__,
         "precision": "fp32" if peer_of(name) else pick_precision(config.precision, pick_device(config.device)),
     }  # fmt: skip
@@ -232,12 +254,12 @@ def run_variant(stage, name, seed, folder, epochs, results):
         row[score] = "" if metrics[score] is None else round(100 * metrics[score], 2)
         if limits.get(score):
             row[f"{score}_low"], row[f"{score}_high"] = (round(100 * limit, 2) for limit in limits[score])
-    add_row(results, row, asked)
+    add_row(results, row, key)
     print(", ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def check_name(name):
-    """InputError for what is neither a peer nor a variant, or would change of a peer what is its own."""
+    """InputError for unknown names, and for a variant that changes what a peer has of its own."""
     variants = name.split("+")[1 if peer_of(name) else 0 :]
     if not set(variants) <= set(VARIANTS):
         raise InputError(f"no variant {name!r}: there is {', '.join((*VARIANTS, *PEERS))}")
@@ -252,14 +274,15 @@ def peer_of(name):
     return first if first in PEERS else None
 
 
-def answers(row, asked):
-    return all(row[key] == value for key, value in asked.items())
+def has_key(row, key):
+    return all(row[name] == value for name, value in key.items())
 
 
 def variant_config(name, stage, seed, folder, epochs):
     """The TrainConfig of a run: the plain recipe with what the variant changes; of peers, what they share with it."""
+    crowds = ["difficult_positive=False"] if stage == "large" else []  # COCO's are marked as difficult there
     return replace(
-        set_fields(lite(), [*TAKEN_BACK, *changes_of(name)]), data=str(folder), cache="disk", seed=seed,
+        set_fields(lite(), [*TAKEN_BACK, *crowds, *changes_of(name)]), data=str(folder), cache="disk", seed=seed,
         epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
     )  # fmt: skip
 
@@ -274,16 +297,16 @@ def train_ours(config, folder):
     train(config, resume=(folder / LAST).exists())
     checkpoint = load_checkpoint(folder / LAST)
     if len(checkpoint["log"]) < config.epochs:
-        sys.exit(f"accuracy: {config.name} was stopped; the same command goes on with it")
+        sys.exit(f"accuracy: {config.name} was stopped; the same command resumes it")
     minutes = sum(one["seconds"] for one in checkpoint["log"]) / 60
     return Predictor(torch_detector(checkpoint["model"])), minutes
 
 
 def config_hash(config, variant):
-    """What decides a run's result, in eight digits.
+    """Eight digits of a hash of all fields that decide a run's result.
 
-    It is what differs from the defaults of the day of the first row, kept in a file: a default that changes later
-    changes hashes as any other value does, and a field that is new and has its default changes none.
+    Only fields that differ from the defaults of the day of the first row, kept in a file, are hashed: a default that
+    changes later changes hashes as any other value does, and a new field with its default value changes none.
     """
     unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1}
     defaults = as_builtins(TrainConfig()) | json.loads(DEFAULTS.read_text(encoding="utf-8"))
@@ -318,13 +341,13 @@ def read_results(results):
         return list(csv.DictReader(file))
 
 
-def add_row(results, row, asked):
-    """Adds a row to the results, in place of what the variant gave before it changed; several processes may do so."""
+def add_row(results, row, key):
+    """Adds a row to the results, or replaces the one of the same key; several processes may do so at once."""
     results.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(results.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of the folder, as the file itself is replaced
-        rows = [*(one for one in read_results(results) if not answers(one, asked)), row]
+        rows = [*(one for one in read_results(results) if not has_key(one, key)), row]
         with atomic_write(results) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
@@ -338,7 +361,7 @@ def add_row(results, row, asked):
 
 
 def print_table(stage, args):
-    """A line a variant and number of epochs: means over its seeds, and what it has over the one it is held against."""
+    """A line for each variant and number of epochs: means over its seeds, and differences to the variant --against."""
     groups = {}
     for row in read_results(args.results):
         if row["stage"] == stage and (not args.seeds or int(row["seed"]) in args.seeds):
@@ -360,20 +383,20 @@ def print_table(stage, args):
 
 
 def mean_cell(seeds, name):
-    """The mean of a column over seeds; a dash where nothing was there to be scored."""
+    """The mean of a column over seeds; a dash where there is no value."""
     values = [float(row[name]) for row in seeds.values() if row[name] != ""]
     return f"{statistics.mean(values):.1f}" if values else "-"
 
 
 def score_cell(seeds, name):
-    """The mean, of interval ends as well, and of several seeds the least and the most."""
+    """The mean of a score and of its interval's ends; with several seeds also the lowest and the highest."""
     values = [float(row[name]) for row in seeds.values() if row[name] != ""]
     spread = f", seeds {min(values):.1f} .. {max(values):.1f}" if len(values) > 1 else ""
     return f"{mean_cell(seeds, name)} ({mean_cell(seeds, f'{name}_low')} .. {mean_cell(seeds, f'{name}_high')}{spread})"
 
 
 def differences(stage, base, other, args):
-    """Of two groups of runs, over the seeds they share: what the other gains in VOC2007 AP50, and in COCO AP."""
+    """Paired differences in VOC2007 AP50 and COCO AP of two groups of runs, over the seeds that both have."""
     shared = sorted(base.keys() & other.keys())
     data_list = DataList.load(lists_of(stage, Path(args.data)) / "val.json")
     seeds, matched = [], ([], [])

@@ -236,7 +236,7 @@ def make_retinanet(num_classes, config):
 
 def make_fcos(num_classes, config):
     backbone, of_images = build(config)
-    # A level answers for objects of 4 to 8 of these sizes: half the default's, which reach to 1,024 pixels. Radii are
+    # A level is trained on objects of 4 to 8 of these sizes: half the default's, which reach to 1,024 pixels. Radii are
     # in these sizes too: 1.5 cells, as by default.
     anchors = CentredAnchors(tuple((x,) for x in (4, 8, 16, 32, 64)), ((1.0,),) * 5)
     size = {"min_size": SIDE, "max_size": SIDE}

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import experiments.accuracy
+from experiments.screening import screening_ids
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
@@ -143,3 +144,19 @@ def test_peers_take_the_variants_of_what_they_share(accuracy):
     accuracy.check_name("torchvision_fcos+half_lr")
     with pytest.raises(ValueError, match="peers have their own augment.close_epochs, augment.copy_paste"):
         accuracy.check_name("torchvision_fcos+copy_paste")
+
+
+def test_the_large_screening_list_has_all_classes_and_sources():
+    rng = np.random.default_rng(0)
+    names = (
+        [f"coco_{k}.jpg" for k in range(120)]
+        + [f"2008_{k:06}.jpg" for k in range(60)]
+        + [f"{k:06}.jpg" for k in range(20)]
+    )
+    images = [{"id": k, "file_name": name} for k, name in enumerate(names, start=1)]
+    classes = rng.choice([1, 2, 3], p=[0.9, 0.07, 0.03], size=(200, 4))
+    annotations = [{"image_id": k, "category_id": int(c)} for k, row in enumerate(classes, start=1) for c in row]
+    taken = screening_ids({"images": images, "annotations": annotations}, count=40, per_class=5)
+    assert taken == screening_ids({"images": images[::-1], "annotations": annotations[::-1]}, count=40, per_class=5)
+    assert [sum(low < k <= high for k in taken) for low, high in ((0, 120), (120, 180), (180, 200))] == [24, 12, 4]
+    assert min(np.bincount(classes[np.array(sorted(taken)) - 1].ravel(), minlength=4)[1:]) >= 5
