@@ -194,16 +194,6 @@ def test_the_orientation_is_kept(turn):
             expected = np.asarray(ImageOps.exif_transpose(opened))
         np.testing.assert_array_equal(np.asarray(load_image(data)), expected)
         np.testing.assert_array_equal(np.asarray(load_image(Image.open(io.BytesIO(data)))), expected)
-    xmp = f'<x tiff:Orientation="{turn}"/>'.encode()
-    png, jpeg = encoded(IMAGE, "PNG"), encoded(IMAGE, "JPEG")
-    text = b"\nexif\n      34\n" + exif.tobytes().hex().encode()
-    for data in (
-        png[:33] + png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) + png[33:],
-        png[:33] + png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)) + png[33:],
-        jpeg[:2] + jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) + jpeg[2:],
-    ):
-        with Image.open(io.BytesIO(data)) as opened:
-            np.testing.assert_array_equal(np.asarray(load_image(data)), np.asarray(ImageOps.exif_transpose(opened)))
     assert exif_orientation(exif_with(turn)) == turn
     assert exif_orientation(exif.tobytes()) == turn
 
@@ -250,7 +240,8 @@ def test_headers_that_lie_are_refused():
     canvas += struct.pack("<4HB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0;"
     for data, said in (
         (tile, "tiles have 16384 x 16384"), (scans, "more than 500 scans"), (canvas, "refused"),
-        (b"P2\n1 1 255\n" + b"#\n" * 20_000 + b"7", "comments"), (b"P5\n" + b" " * 70_000 + b"1 1 255 a", "64 kB"),
+        (b"P2\n1 1 255\n7", "no binary"), (b"P5\n" + b" " * 70_000 + b"1 1 255 a", "64 kB"),
+        (b"P5\n1500 1500\n254\n" + bytes(1500 * 1500), "takes too long"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             load_image(data)
@@ -356,16 +347,11 @@ def test_a_file_cut_short_is_named(form):
     assert refused >= 30
 
 
-def test_plain_and_odd_ppm_are_read_as_pillow_reads_them():
+def test_binary_pnm_files_of_any_maximum_are_read():
     rng = np.random.default_rng(0)
-    for kind, largest in itertools.product(range(1, 7), (1, 7, 254, 255, 300, 4095, 65535)):
-        samples = rng.integers(0, 2 if kind == 1 else largest + 1, 7 * 5 * (3 if kind in (3, 6) else 1))
-        if kind == 4:
-            body = rng.bytes(5)
-        elif kind < 4:
-            body = " ".join(map(str, samples)).replace(" 1", " # said\n1", 1).encode()
-        else:
-            body = samples.astype(">u2" if largest > 255 else np.uint8).tobytes()
-        data = b"P%d\n# said\n7 5\n" % kind + (b"" if kind in (1, 4) else b"%d\n" % largest) + body
-        with Image.open(io.BytesIO(data)) as theirs, Image.open(prepare(io.BytesIO(data))) as ours:
-            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    for kind, largest in itertools.product((5, 6), (1, 7, 254, 255, 300, 4095, 65535)):
+        samples = rng.integers(0, largest + 1, (5, 7, 3) if kind == 6 else (5, 7))
+        body = samples.astype(">u2" if largest > 255 else np.uint8).tobytes()
+        with open_image(io.BytesIO(b"P%d\n# said\n7 5\n%d\n" % (kind, largest) + body), "odd") as image:
+            scale = 65535 if image.mode[0] == "I" else 255
+            assert abs(np.asarray(image) - samples * scale / largest).max() <= 1

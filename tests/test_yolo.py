@@ -264,7 +264,7 @@ def test_links_are_followed_once_and_junk_is_counted(tmp_path, capsys):
     )
     (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
     assert read_all(tmp_path / "data.yaml")[:2] == ({"train": {"images/a.jpg": ["dog"]}}, [])
-    said = "train: files that are no images are passed over: 1 x ._*, 1 x .ipynb_checkpoints, 1 x .psd, 1 x Thumbs.db"
+    said = "train: files that are no images are passed over: 1 x .db, 1 x .psd, 2 x hidden"
     assert said in capsys.readouterr().out
 
 

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,8 +33,7 @@ FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # MPO has no op
 IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _WANTED)
 MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
 
-_JUNK_FOLDERS = {".ipynb_checkpoints"}
-_JUNK_FILES = {"thumbs.db": "Thumbs.db", ".ds_store": ".DS_Store"}
+SLOW_PIXELS = 2_000_000  # of one image whose format Pillow decodes in Python, seconds a megapixel
 
 
 class DataError(InputError):
@@ -73,8 +71,7 @@ def find_images(
 
     Returns:
         The files' paths, sorted, each beginning with `folder`; and how many files were passed over, by their ending in
-        lower case ("no ending" for none). What systems and notebooks leave behind is passed over too, and counted as
-        ".ipynb_checkpoints", "._*", "Thumbs.db" and ".DS_Store".
+        lower case ("no ending" for none). Hidden files and folders, whose names begin with a dot, count as "hidden".
 
     Raises:
         DataError: a folder cannot be listed.
@@ -92,14 +89,11 @@ def find_images(
         except OSError as error:
             raise DataError(f"folder {current} cannot be listed: {error.strerror}") from error
         for entry in entries:
-            path, name = current / entry, entry.lower()
-            if os.path.isdir(path):
-                if name in _JUNK_FOLDERS:
-                    passed_over[name] += sum(len(files) for _, _, files in os.walk(path))
-                else:
-                    (links if path.is_symlink() else folders).append(path)
-            elif name.startswith("._") or name in _JUNK_FILES:
-                passed_over[_JUNK_FILES.get(name, "._*")] += 1
+            path = current / entry
+            if entry.startswith("."):
+                passed_over["hidden"] += 1
+            elif os.path.isdir(path):
+                (links if path.is_symlink() else folders).append(path)
             elif path.suffix.lower() in suffixes:
                 images.append(path)
             else:
@@ -136,6 +130,8 @@ def open_image(
             image.info["16 bits"] = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
+            if image.tile and image.tile[0][0] == "ppm" and image.width * image.height > SLOW_PIXELS:
+                raise HeaderError("its samples have another maximum than 255 or 65,535, which takes too long to decode")
             if max_bytes is not None and (needed := decoding_bytes(image)) > max_bytes:
                 sentence = f"{image.width} x {image.height} pixels of {image.format} take {needed / 1e6:.0f} MB"
                 raise Image.DecompressionBombError(f"{sentence}, more than {max_bytes / 1e6:.0f}")
@@ -201,11 +197,10 @@ def load_image(
     Raises:
         InputError: it is no image; a DataError, with its name, if it is a file that cannot be read.
     """
-    if isinstance(source, (str, os.PathLike)):
-        with open_image(source, None, max_pixels, max_bytes) as image:
-            return to_rgb(upright(image), str(source))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        with open_image(io.BytesIO(source), name, max_pixels, max_bytes) as image:
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        is_path = isinstance(source, (str, os.PathLike))
+        file, name = (source, str(source)) if is_path else (io.BytesIO(source), name)
+        with open_image(file, name, max_pixels, max_bytes) as image:
             return to_rgb(upright(image), f"image {name}")
     if isinstance(source, Image.Image):
         if source.width * source.height > MAX_PIXELS:
@@ -365,13 +360,9 @@ def _grey_range(smallest: float, largest: float, full: tuple[float, float]) -> t
     dark, flat = largest - low < (high - low) / 4, (largest - smallest) * 255 < 16 * (high - low)
     if not (dark or flat) or smallest == largest:
         return low, high
-    _warn_once("images of more than 8 bits that would be nearly black or flat are stretched to their own range")
+    sentence = "images of more than 8 bits that would be nearly black or flat are stretched to their own range"
+    warnings.warn(sentence, ImageWarning, stacklevel=1)  # of this line, so that Python prints it once
     return smallest, largest
-
-
-@cache
-def _warn_once(sentence: str) -> None:
-    warnings.warn(sentence, ImageWarning, stacklevel=3)
 
 
 def _to_grey_levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
