@@ -90,7 +90,7 @@ def check_file(path: str | Path, old_format: bool = False) -> None:
     size = os.path.getsize(path)
     try:
         if zipfile.is_zipfile(path):
-            _check_pickle(_pickle_of_zip(path, size), size)
+            _check_pickle(pickle_of_zip(path), size)
             return
         with open(path, "rb") as file:
             if file.read(1) == b"\x80":
@@ -113,15 +113,20 @@ HINT = (
 )
 
 
-def _pickle_of_zip(path: str | Path, size: int) -> IO[bytes]:
+def pickle_of_zip(path: str | Path) -> IO[bytes]:
+    """The pickle of a zip file that torch.save wrote.
+
+    Raises:
+        CheckpointError: for other zip files: compressed ones, TorchScript, overlapping entries.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise CheckpointError("is compressed, which torch.save never does")
-        if sum(entry.file_size for entry in entries) > size:
+        if sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise CheckpointError("describes more bytes than it has")
         names = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(names) != 1:
+        if len(names) != 1 or any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise CheckpointError("is a zip file without data.pkl, so torch.save did not write it")
         return archive.open(names[0])
 

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import sys
+import tarfile
 import types
 import zipfile
 
@@ -179,8 +180,18 @@ def test_other_names_are_refused(tmp_path, name):
     pickled = b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."
     with zipfile.ZipFile(tmp_path / "x.pth.tar", "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
     with pytest.raises(CheckpointError, match=rf"names {module}\.{attribute}"):
         convert(tmp_path / "x.pth.tar")
+
+
+def test_other_containers_are_refused(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "script.pt")
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:  # torch.load would unpack it
+        archive.add(tmp_path / "script.pt", "storages")
+    for name in ("script.pt", "old.tar"):
+        with pytest.raises(CheckpointError, match=rf"{name} is refused, and nothing in it was run"):
+            convert(tmp_path / name)
 
 
 def test_what_does_not_fit_is_named(tmp_path):
