@@ -72,7 +72,7 @@ def test_yolo_lists_of_images_and_named_classes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("names: [a]\n", "no split 'train' in .*data.yaml"),
+        ("names: [a]\nval: images\n", "no split 'train' in .*data.yaml"),
         ("names: [a]\ntrain: nowhere\n", "nowhere, which is neither a folder nor a text file"),
         ("train: images\n", "no data.yaml with `names`"),
         ("names: {cat: 0}\ntrain: images\n", "no data.yaml with `names`"),
@@ -249,11 +249,17 @@ def test_label_studio_and_labelimg(tmp_path):
 
 
 def test_splits_that_moved_to_one_place_are_refused(tmp_path):
-    write_files(
-        tmp_path, {"images/a.jpg": "", "labels/a.txt": LABEL, "data.yaml": "train: x/images\nval: y/images\n" + YAML}
-    )
-    with pytest.raises(DataError, match=r"'train' and 'val', and only .*images could be meant by both"):
-        read_all(tmp_path / "data.yaml", ("train", "val"))
+    arguments = write_yolo(tmp_path, {"a": LABEL})
+    (tmp_path / "data.yaml").write_text("train: x/images\nval: y/images\n" + YAML)
+    with pytest.raises(SystemExit, match="no usable image in train"):
+        main([*arguments, "--splits", "train", "val"])
+    assert "train's images/a.jpg is val's images/a.jpg" in problems(tmp_path / "out")["image is in a later split too"]
+
+
+def test_an_empty_line_of_a_class_list_is_refused(tmp_path):
+    write_files(tmp_path, {"classes.txt": "dog\n\ncat\n\n", "a.jpg": "", "a.txt": LABEL})
+    with pytest.raises(DataError, match="line 2 is empty: is it a class without a name"):
+        read_all(tmp_path)
 
 
 def test_links_are_followed_once_and_junk_is_counted(tmp_path, capsys):
@@ -318,11 +324,12 @@ def test_class_names_stay_words(tmp_path):
         ("names: [a]\npath: [b]", "`path` has to be a folder"),
         ("- a\n- b\n", "no data.yaml with `names`"),
         ("", "no data.yaml with `names`"),
-        ("names: [a]\ntrain: {a: b}", "no split 'train'"),
+        ("names: [a]\ntrain: {a: b}", "split 'train' is empty"),
         ('names: [a]\ntrain: "b\\0c"', "neither a folder nor a text file"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]", r"repeats a list by its alias \*a"),
-        ("names: " + "[" * 5000, "more than 8 deep"),
-        ("- " * 5000 + "a", "more than 8 deep"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]", "class 0 has no name"),
+        ("a: &a [*a, *a]\nnames: *a", "recursive node"),
+        ("names: " + "[" * 5000, "no data.yaml with `names`"),
+        ("- " * 5000 + "a", "no data.yaml with `names`"),
         ("#" * (MAX_BYTES + 1), "larger than"),
     ],
 )
@@ -406,26 +413,10 @@ def test_lines_of_other_lengths_are_no_labels(kpt_shape):
         assert find_box(numbers, kpt_shape) == (None, None)
 
 
-def test_key_points_without_kpt_shape_are_refused(tmp_path):
-    """Only where every line may be a box and its key points."""
-    two, three = "0 0.5 0.5 0.2 0.4 0.45 0.4 0.5 0.6\n", "0 0.5 0.5 0.2 0.4 0.45 0.4 2 0 0 0 0.5 0.6 1\n"
-    with pytest.raises(DataError, match=r"every label has 9 columns.*`kpt_shape: \[2, 2\]`.*`kpt_shape: null`"):
-        read_all(labelled(tmp_path, two * 3))
-    with pytest.raises(DataError, match=r"every label has 14 columns.*`kpt_shape: \[3, 3\]`"):
-        read_all(labelled(tmp_path, three * 2))
-    for lines, extra, kinds in (
-        (two * 3, "kpt_shape: [2, 2]\n", []),
-        (three, "kpt_shape: [3, 3]\n", []),
-        (two, "kpt_shape: null\n", ["polygon instead of a box"]),
-        (two + "0 0.1 0.1 0.2 0.1 0.2 0.2\n", "", ["polygon instead of a box"] * 2),  # other counts
-        (
-            two + "1 0.7 0.7 0.9 0.7 0.9 0.9 0.7 0.9\n",
-            "",
-            ["polygon instead of a box"] * 2,
-        ),  # leaves the image as a box
-        (two + "1 0.3 0.3 0.2 0.2 0.9 0.3 0.3 0.9\n", "", ["polygon instead of a box"] * 2),  # points out of the box
-    ):
-        assert read_all(labelled(tmp_path, lines, extra=extra))[1] == kinds
+def test_points_behind_a_box_are_key_points_where_the_data_set_says_so(tmp_path):
+    line = "0 0.5 0.5 0.2 0.4 0.45 0.4 0.5 0.6\n"
+    for extra, kinds in (("kpt_shape: [2, 2]\n", []), ("", ["polygon instead of a box"])):
+        assert read_all(labelled(tmp_path, line, extra=extra))[1] == kinds
 
 
 def test_a_confidence_behind_the_box_is_noted(tmp_path):

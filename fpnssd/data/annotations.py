@@ -62,8 +62,8 @@ class SplitAnnotations:
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """Returns the lines of a text file in UTF-8, or in UTF-16 with its byte order mark, stripped, without empty ones.
+def read_text(path: str | Path) -> str:
+    """Returns the content of a text file in UTF-8, or in UTF-16 with its byte order mark.
 
     Raises:
         DataError: the file is neither.
@@ -71,10 +71,14 @@ def read_lines(path: str | Path) -> list[str]:
     content = Path(path).read_bytes()
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except UnicodeDecodeError:
         raise DataError(f"{path} is no UTF-8 text file", "annotation does not parse") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Returns the lines of a text file (see read_text), stripped, without empty ones."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def relative_path(path: Path, folder: Path) -> str:

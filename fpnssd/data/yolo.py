@@ -7,11 +7,11 @@ confidence, which is not used. More columns are a polygon, whose enclosing box i
 where data.yaml has `kpt_shape`.
 """
 
+import contextlib
 import filecmp
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from fpnssd.data.yolo_config import SAME_SPLIT, YoloConfig, normalize_path, read
 from fpnssd.data.yolo_labels import LabelFinder
 
 OUT_OF_UNIT = (-1.0, 2.0)  # a box that leaves its image by more is not in 0..1 of it
-TOLERANCE = 0.01  # of the image, by which key points may leave their box
 
 
 def read_yolo(
@@ -39,53 +38,34 @@ def read_yolo(
 
     Raises:
         DataError: the data set's file cannot be used; a split is not there or has no image or label file; the labels
-            count classes from another number, or may be key points without `kpt_shape`.
+            count classes from another number.
     """
     config = read_config(path)
-    images = _find_images(config, names)
+    images: dict[str, list[Path]] = {}
+    for name in names:
+        images[name], passed_over = config.find_split(name, len(names) - 1)
+        del passed_over[".txt"]  # labels that lie beside the images
+        if passed_over:
+            endings = ", ".join(f"{count} x {ending}" for ending, count in sorted(passed_over.items()))
+            print(f"note: {name}: files that are no images are passed over: {endings}")
     root = _common_root(config, [image for part in images.values() for image in part])
-    finder = LabelFinder(config.root)
-    splits, survey = [], Survey()
+    splits, labels = [], []
     for name, part in images.items():
-        split, labels = _read_split(name, part, root, config, finder, unlabelled)
+        split, files = _read_split(name, part, root, config, unlabelled)
         splits.append(split)
-        for file in labels:
-            survey.add(file)
-    _check_survey(survey, config)
-    folders = [finder.folders_of(part) for part in images.values()]
-    for file in finder.without_image():
-        owner = next(split for split, its in zip(splits, folders, strict=True) if file.parent in its)
-        owner.problems.append(Problem("label file without an image", str(file)))
+        labels += files
+    _check_ids(labels, config)
     return splits, {name: number for number, name in config.classes.items()}
 
 
 def find_yolo_splits(path: Path) -> set[str]:
     """The splits that a data set has, for `read_yolo`'s path; one for two that lie in the same place."""
     config = read_config(path)
-    if config.in_folders:
+    if not config.splits:
         return {name for name in ("train", *SAME_SPLIT) if config.folder_of(name)}
     names = {name for name, places in config.splits.items() if places}
     same = {name for name in SAME_SPLIT if name in names and config.splits[name] == config.splits.get("train")}
     return names - same
-
-
-def _find_images(config: YoloConfig, names: Sequence[str]) -> dict[str, list[Path]]:
-    """{split: its images, as absolute paths}; DataError where two splits were found in one place by a guess."""
-    images: dict[str, list[Path]] = {}
-    guessed: dict[Path, str] = {}
-    for name in names:
-        images[name], passed_over, moved = config.find_split(name, len(names) - 1)
-        for place in moved:
-            if (other := guessed.setdefault(place, name)) != name:
-                raise DataError(
-                    f"{config.path} names places that are not there for the splits {other!r} and {name!r}, and only "
-                    f"{place} could be meant by both: correct its paths"
-                )
-        del passed_over[".txt"]  # labels that lie beside the images
-        if passed_over:
-            endings = ", ".join(f"{count} x {ending}" for ending, count in sorted(passed_over.items()))
-            print(f"note: {name}: files that are no images are passed over: {endings}")
-    return images
 
 
 def _common_root(config: YoloConfig, images: list[Path]) -> Path:
@@ -94,16 +74,14 @@ def _common_root(config: YoloConfig, images: list[Path]) -> Path:
     if not any(image.is_file() for image in outside):  # what is missing moves no root
         return config.root
     there = [image.parent for image in images if image.is_relative_to(config.root) or image.is_file()]
-    try:
-        return Path(os.path.commonpath(there))
-    except ValueError:  # Windows
-        raise DataError(f"the images that {config.path} names have to be on one drive") from None
+    return Path(os.path.commonpath(there))
 
 
 def _read_split(
-    name: str, images: list[Path], root: Path, config: YoloConfig, finder: LabelFinder, unlabelled: bool
+    name: str, images: list[Path], root: Path, config: YoloConfig, unlabelled: bool
 ) -> tuple[SplitAnnotations, list[Path]]:
     """The split, its label files still to be read; and these files."""
+    finder = LabelFinder(config.root)
     counts = Counter(normalize_path(image) for image in images)
     split = SplitAnnotations(name, root, [])
     split.problems += [Problem("image named twice", str(image)) for image, count in counts.items() if count > 1]
@@ -130,6 +108,7 @@ def _read_split(
         )
     split.problems += [Problem("label file of two images", str(file)) for file, count in labels.items() if count > 1]
     split.problems += [Problem("image without a label file", str(image)) for image in without]
+    split.problems += [Problem("label file without an image", str(file)) for file in finder.without_image()]
     if not unlabelled:
         missing, there = (Counter(image.parent for image in some) for some in (without, counts))
         split.problems += [
@@ -140,59 +119,13 @@ def _read_split(
     return split, list(labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All labels
-
-
-@dataclass
-class Survey:
-    """What the label files of all splits have in common."""
-
-    ids: set[float] = field(default_factory=set)
-    columns: set[int] = field(default_factory=set)  # numbers behind the class, of each line
-    points: dict[int, bool] = field(default_factory=lambda: {2: True, 3: True})  # numbers of a key point -> possible
-
-    def add(self, file: Path) -> None:
-        """Looks at each line of a label file; what cannot be read is left to read_record."""
-        try:
-            lines = [parse_line(file, line) for line in read_lines(file)]
-        except (DataError, OSError):
-            return
-        for label, numbers in lines:
-            self.ids.add(label)
-            self.columns.add(len(numbers))
-            for size in (2, 3):
-                self.points[size] = self.points[size] and are_key_points(numbers, size)
-
-
-def are_key_points(numbers: Sequence[float], size: int) -> bool:
-    """Whether numbers are a box in 0..1 and key points in it.
-
-    Args:
-        numbers: of a line, without its class.
-        size: numbers of a key point: 2 (x, y), or 3, the last of which is 0, 1 or 2 (visibility).
-    """
-    if len(numbers) < 6 or (len(numbers) - 4) % size:
-        return False
-    x, y, width, height = numbers[:4]
-    near, far = (x - width / 2, y - height / 2), (x + width / 2, y + height / 2)
-    if width <= 0 or height <= 0 or min(near) < -TOLERANCE or max(far) > 1 + TOLERANCE:
-        return False
-    for at in range(4, len(numbers), size):
-        point = numbers[at : at + 2]
-        if size == 3 and numbers[at + 2] not in (0, 1, 2):
-            return False
-        # A key point at 0, 0 is one that nobody marked.
-        if any(point) and not all(
-            n - TOLERANCE <= p <= f + TOLERANCE for n, p, f in zip(near, point, far, strict=True)
-        ):
-            return False
-    return True
-
-
-def _check_survey(survey: Survey, config: YoloConfig) -> None:
-    """DataError where every object would get another class's name, or a wrong box."""
-    known, ids = set(config.classes), survey.ids
+def _check_ids(files: Sequence[Path], config: YoloConfig) -> None:
+    """DataError where the label files count classes from another number: every object would get another's name."""
+    ids: set[float] = set()
+    for file in files:
+        with contextlib.suppress(DataError, OSError):  # read_record will name it
+            ids |= {parse_line(file, line)[0] for line in read_lines(file)}
+    known = set(config.classes)
     for shift in (1, -1):
         # A list's names count from 0: ids that reach their number, without a 0, count from 1.
         reach = shift == 1 and known == set(range(len(known))) and ids and 0 not in ids and max(ids) >= len(known)
@@ -201,15 +134,6 @@ def _check_survey(survey: Survey, config: YoloConfig) -> None:
                 f"ids start at {1 if shift == 1 else 0} in the label files: they go from {min(ids):g} to {max(ids):g}, "
                 f"those of {config.path} from {min(known)} to {max(known)}, so each object would get another class's "
                 f"name. Correct one, as with `names: {{{min(known) + shift}: {config.classes[min(known)]}, ..}}`"
-            )
-    if len(survey.columns) == 1 and not config.kpt_shape_given:
-        columns = next(iter(survey.columns))
-        shapes = [[(columns - 4) // size, size] for size in (2, 3) if survey.points[size]]
-        if shapes:
-            raise DataError(
-                f"every label has {columns + 1} columns, of which 2 to 5 are a box that holds the points behind it: "
-                f"if these are key points, add `kpt_shape: {' or '.join(map(str, shapes))}` to {config.path}; if all "
-                "columns are a polygon, add `kpt_shape: null`"
             )
 
 

@@ -2,11 +2,12 @@
 
 config = read_config(Path("mydata"))  # or the file itself
 config.classes  # {0: "mug", 1: "key"}
-images, passed_over = config.find_split("train")
+images, passed_over = config.find_split("train")  # paths; how many files of which other endings lie beside them
 """
 
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,11 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from fpnssd.data.annotations import ALL, read_lines
+from fpnssd.data.annotations import ALL, read_lines, read_text
 from fpnssd.data.images import DataError, find_images
 
 MAX_BYTES = 2**20  # of a data.yaml; PyYAML reads about 100 kB a second
-MAX_DEPTH = 8  # of lists in lists
 SAME_SPLIT = ("val", "valid", "validation")  # three names that exporters give to one split
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "data_config.yaml")
 NO_SPLITS = {"names", "nc", "path", "kpt_shape", "flip_idx", "colors", "download"}  # keys of a data.yaml
@@ -47,17 +47,16 @@ class YoloConfig:
     path: Path  # the file that says so
     root: Path  # the folder that its paths start from
     classes: dict[int, str]  # id in the label files -> name
-    splits: dict[str, list[str]] = field(default_factory=dict)  # name -> folders, or text files that list images
-    in_folders: bool = False  # no split is named: each is looked for as a folder of its name
+    # Name -> folders, or text files that list images. Where none is named, each is looked for as a folder of its name.
+    splits: dict[str, list[str]] = field(default_factory=dict)
     kpt_shape: tuple[int, int] | None = None  # key points of each object, numbers of each (2 or 3)
-    kpt_shape_given: bool = False  # also true where it is null: no key points
 
     @property
     def folders(self) -> list[Path]:
         """The folders that paths may be relative to, likeliest first."""
         return list(dict.fromkeys((self.root, self.path.parent)))
 
-    def find_split(self, name: str, others: int = 0) -> tuple[list[Path], Counter[str], list[Path]]:
+    def find_split(self, name: str, others: int = 0) -> tuple[list[Path], Counter[str]]:
         """Finds the images of a split.
 
         Args:
@@ -65,8 +64,8 @@ class YoloConfig:
             others: how many other splits are read; without any, a data set that names no splits is one as a whole.
 
         Returns:
-            The images, in order, repeated where they are named twice; the number of files of each ending that were
-            passed over; and the places that lie elsewhere than the file says.
+            The images, in order, repeated where they are named twice; and the number of files of each ending that were
+            passed over.
 
         Raises:
             DataError: there is no such split, no such place, or no image in it.
@@ -74,17 +73,14 @@ class YoloConfig:
         places = self._places(name, others)
         images: list[Path] = []
         passed_over: Counter[str] = Counter()
-        moved = []
         for place in places:
             path = locate(place, self.folders)
             if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
                 where = path or self.root / place.replace("\\", "/")
                 raise DataError(f"{self.path} names {where}, which is neither a folder nor a text file")
-            if not any(_exists(folder / text) for folder in self.folders for text in (place, place.replace("\\", "/"))):
-                print(
-                    f"note: {self.path} names {place}, which does not exist (usual in Roboflow exports): reading {path}"
-                )
-                moved.append(path)
+            if path not in [normalize_path(folder / place.replace("\\", "/")) for folder in self.folders]:
+                note = f"note: {self.path} names {place}, which does not exist (usual in Roboflow exports)"
+                print(f"{note}: reading {path}")
             if path.is_dir():
                 part, others_there = find_images(path)
                 passed_over += others_there
@@ -97,25 +93,25 @@ class YoloConfig:
             endings = ", ".join(f"{count} x {ending}" for ending, count in passed_over.most_common(5))
             there = f" (files that are no images: {endings})" if endings else ""
             raise DataError(f"split {name!r} is empty: no image in {', '.join(places)} below {self.root}{there}")
-        return images, passed_over, moved
+        return images, passed_over
 
     def _places(self, name: str, others: int) -> list[str]:
         """The folders and text files of a split, as the file writes them."""
-        alike = SAME_SPLIT if name in SAME_SPLIT else ()
-        if name == ALL and not self.splits:
+        alike = (name, *SAME_SPLIT) if name in SAME_SPLIT else (name,)
+        if self.splits:
+            key = next((key for key in alike if self.splits.get(key)), None)
+            if key is None:
+                raise DataError(f"no split {name!r} in {self.path}; it has {', '.join(self.splits)}")
+            return self.splits[key]
+        if name == ALL:
             return ["."]
-        if self.in_folders:
-            place = next((place for one in (name, *alike) if (place := self.folder_of(one))), None)
-            if place is None and others:
-                raise DataError(
-                    f"no split {name!r}: {self.path} names classes alone, and {self.root} has no {name} or "
-                    f"images/{name} or {name}.txt; --splits with one name takes all images as that split"
-                )
-            return [place or "."]
-        key = next((key for key in (name, *alike) if self.splits.get(key)), None)
-        if key is None:
-            raise DataError(f"no split {name!r} in {self.path}; it has {', '.join(self.splits) or 'none'}")
-        return self.splits[key]
+        place = next((place for one in alike if (place := self.folder_of(one))), None)
+        if place is None and others:
+            raise DataError(
+                f"no split {name!r}: {self.path} names classes alone, and {self.root} has no {name} or "
+                f"images/{name} or {name}.txt; --splits with one name takes all images as that split"
+            )
+        return [place or "."]
 
     def folder_of(self, name: str) -> str | None:
         """The folder or list of images, seen from the root, that is called like a split; None where there is none."""
@@ -143,7 +139,7 @@ def read_config(path: Path) -> YoloConfig:
     if path.suffix in (".txt", ".names"):
         if root == path.parent and root.name.lower() in ("labels", "label"):
             root = root.parent
-        return YoloConfig(path, normalize_path(root), check_classes(path, enumerate(read_names(path))), in_folders=True)
+        return YoloConfig(path, normalize_path(root), check_classes(path, enumerate(read_names(path))))
     return _read_yaml(path)
 
 
@@ -173,8 +169,6 @@ def _config_in(folder: Path) -> Path:
 def _read_yaml(path: Path) -> YoloConfig:
     content = load_yaml(path)
     names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, str) and (file := locate(names, [path.parent])) is not None and file.is_file():
-        names = read_names(file)
     if not isinstance(names, list | dict) or not names:
         raise DataError(f"{path} is no data.yaml with `names`: a list of class names, or a mapping from id to name")
     if isinstance(names, dict) and not all(isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) for key in names):
@@ -188,52 +182,29 @@ def _read_yaml(path: Path) -> YoloConfig:
             splits[key] = entries
     folder = content.get("path") or "."
     if not isinstance(folder, str):
-        raise DataError(f"{path}: `path` has to be a folder, not {folder!r:.80}")
+        raise DataError(f"{path}: `path` has to be a folder, not {reprlib.repr(folder):.80}")
     root = path.parent / folder
-    if not _exists(root):
+    if not os.path.exists(root):
         root = path.parent
         print(f"note: {path} names the folder {folder}, which is not there: {root} is taken in its place")
-    config = YoloConfig(path, normalize_path(root), classes, splits)
-    config.kpt_shape_given = "kpt_shape" in content
-    config.kpt_shape = _kpt_shape(path, content.get("kpt_shape"))
-    return config
+    return YoloConfig(path, normalize_path(root), classes, splits, _kpt_shape(path, content.get("kpt_shape")))
 
 
 def load_yaml(path: Path):
     """The content of a YAML file as dicts, lists, strings and None.
 
     Raises:
-        DataError: it does not parse, is larger than MAX_BYTES or deeper than MAX_DEPTH, or repeats lists by aliases,
-            of which a few lines make gigabytes.
+        DataError: it does not parse, or is larger than MAX_BYTES.
     """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise DataError(f"{path} is larger than {MAX_BYTES} bytes: that is no data.yaml")
-        text = data.decode("utf-8-sig")
-        _check_yaml(path, text)
-        return yaml.load(text, _WordLoader)
+        return yaml.load(data.decode("utf-8-sig"), _WordLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())  # PyYAML's take several lines
         raise DataError(f"{path} is no data.yaml with `names`: {reason:.300}") from error
-
-
-def _check_yaml(path: Path, text: str) -> None:
-    """Refuses deep YAML and aliases of lists, before anything is built."""
-    depth, scalars = 0, set()
-    for event in yaml.parse(text, yaml.BaseLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            scalars.discard(event.anchor)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.ScalarEvent):
-            scalars.add(event.anchor)
-        elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:
-            raise DataError(f"{path} repeats a list by its alias *{event.anchor}: write it out")
-        if depth > MAX_DEPTH:
-            raise DataError(f"{path} has lists in lists, more than {MAX_DEPTH} deep: that is no data.yaml")
 
 
 def _kpt_shape(path: Path, given) -> tuple[int, int] | None:
@@ -243,7 +214,7 @@ def _kpt_shape(path: Path, given) -> tuple[int, int] | None:
         points, numbers = map(int, given)
         if points > 0 and numbers in (2, 3):
             return points, numbers
-    raise DataError(f"{path}: kpt_shape has to be [number of key points, 2 or 3], not {given!r:.80}")
+    raise DataError(f"{path}: kpt_shape has to be [number of key points, 2 or 3], not {reprlib.repr(given):.80}")
 
 
 def _read_darknet(path: Path) -> YoloConfig:
@@ -262,12 +233,7 @@ def _read_darknet(path: Path) -> YoloConfig:
 
 def read_names(path: Path) -> list[str]:
     """The class names of a text file, one a line; an empty line among them would move the ids behind it."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is no UTF-8 text file") from None
-    while lines and not lines[-1]:
-        lines.pop()
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
     if not all(lines):
         raise DataError(f"{path}: line {lines.index('') + 1} is empty: is it a class without a name?")
     return lines
@@ -287,7 +253,9 @@ def check_classes(path: Path, pairs: Iterable[tuple[int, str]], count: str | Non
     classes: dict[int, str] = {}
     for number, name in sorted(pairs, key=lambda pair: pair[0]):
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{path}: class {number} has no name, but {name!r:.80}; quote it if it is meant")
+            raise DataError(
+                f"{path}: class {number} has no name, but {reprlib.repr(name):.80}; quote it if it is meant"
+            )
         if not name.isprintable():
             raise DataError(f"{path}: the name of class {number} has characters that cannot be printed: {name!r:.80}")
         if number in classes or name.strip() in classes.values():
@@ -304,14 +272,7 @@ def check_classes(path: Path, pairs: Iterable[tuple[int, str]], count: str | Non
 # Paths
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.exists(path)
-    except ValueError:  # a NUL
-        return False
-
-
-def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = _exists) -> Path | None:
+def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = os.path.exists) -> Path | None:
     """Finds what a file of a data set names, also where the data set was moved or renamed since.
 
     Roboflow writes `../train/images` beside `train`, CVAT `data/obj_train_data/a.jpg` beside `obj_train_data`, a

@@ -37,10 +37,6 @@ class LabelFinder:
         self.used.update(found)
         return found
 
-    def folders_of(self, images: list[Path]) -> set[Path]:
-        """The folders in which the label files of these images may be."""
-        return {labels for folder in {image.parent for image in images} for labels in self._folders_of(folder)}
-
     def places(self, image: Path) -> list[Path]:
         """The paths at which the label file of an image is expected, for messages."""
         parts, tried = image.parent.parts, []
