@@ -413,10 +413,23 @@ def test_lines_of_other_lengths_are_no_labels(kpt_shape):
         assert find_box(numbers, kpt_shape) == (None, None)
 
 
-def test_points_behind_a_box_are_key_points_where_the_data_set_says_so(tmp_path):
-    line = "0 0.5 0.5 0.2 0.4 0.45 0.4 0.5 0.6\n"
-    for extra, kinds in (("kpt_shape: [2, 2]\n", []), ("", ["polygon instead of a box"])):
-        assert read_all(labelled(tmp_path, line, extra=extra))[1] == kinds
+def test_key_points_without_kpt_shape_are_refused(tmp_path):
+    """Only where every line may be a box and its key points."""
+    two, three = "0 0.5 0.5 0.2 0.4 0.45 0.4 0.5 0.6\n", "0 0.5 0.5 0.2 0.4 0.45 0.4 2 0 0 0 0.5 0.6 1\n"
+    with pytest.raises(DataError, match=r"every label has 9 columns.*`kpt_shape: \[2, 2\]`.*`kpt_shape: null`"):
+        read_all(labelled(tmp_path, two * 3))
+    with pytest.raises(DataError, match=r"every label has 14 columns.*`kpt_shape: \[3, 3\]`"):
+        read_all(labelled(tmp_path, three * 2))
+    for lines, extra, kinds in (
+        (two * 3, "kpt_shape: [2, 2]\n", []),
+        (three, "kpt_shape: [3, 3]\n", []),
+        (two, "kpt_shape: null\n", ["polygon instead of a box"]),
+        (two + "0 0.1 0.1 0.2 0.1 0.2 0.2\n", "", ["polygon instead of a box"] * 2),  # other counts
+        # leaves the image as a box
+        (two + "1 0.7 0.7 0.9 0.7 0.9 0.9 0.7 0.9\n", "", ["polygon instead of a box"] * 2),
+        (two + "1 0.3 0.3 0.2 0.2 0.9 0.3 0.3 0.9\n", "", ["polygon instead of a box"] * 2),  # points out of the box
+    ):
+        assert read_all(labelled(tmp_path, lines, extra=extra))[1] == kinds
 
 
 def test_a_confidence_behind_the_box_is_noted(tmp_path):

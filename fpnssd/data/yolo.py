@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from fpnssd.data.annotations import Problem, RawObject, Record, SplitAnnotations, read_lines, relative_path
 from fpnssd.data.images import DataError
 from fpnssd.data.yolo_config import SAME_SPLIT, YoloConfig, normalize_path, read_config
 from fpnssd.data.yolo_labels import LabelFinder
 
 OUT_OF_UNIT = (-1.0, 2.0)  # a box that leaves its image by more is not in 0..1 of it
+TOLERANCE = 0.01  # of the image, by which key points may leave their box
 
 
 def read_yolo(
@@ -38,7 +41,7 @@ def read_yolo(
 
     Raises:
         DataError: the data set's file cannot be used; a split is not there or has no image or label file; the labels
-            count classes from another number.
+            count classes from another number, or may be key points without `kpt_shape`.
     """
     config = read_config(path)
     images: dict[str, list[Path]] = {}
@@ -54,7 +57,7 @@ def read_yolo(
         split, files = _read_split(name, part, root, config, unlabelled)
         splits.append(split)
         labels += files
-    _check_ids(labels, config)
+    _check_labels(labels, config)
     return splits, {name: number for number, name in config.classes.items()}
 
 
@@ -119,12 +122,28 @@ def _read_split(
     return split, list(labels)
 
 
-def _check_ids(files: Sequence[Path], config: YoloConfig) -> None:
-    """DataError where the label files count classes from another number: every object would get another's name."""
+def _check_labels(files: Sequence[Path], config: YoloConfig) -> None:
+    """DataError where every object would get another class's name, or a wrong box.
+
+    The ids may count from another number than the names, or the lines be boxes and key points without `kpt_shape`.
+    """
     ids: set[float] = set()
+    lengths: set[int] = set()
+    point_sizes = {2, 3}  # numbers of a key point with which all lines could be boxes and key points
     for file in files:
         with contextlib.suppress(DataError, OSError):  # read_record will name it
-            ids |= {parse_line(file, line)[0] for line in read_lines(file)}
+            for label, numbers in [parse_line(file, line) for line in read_lines(file)]:
+                ids.add(label)
+                lengths.add(len(numbers))
+                point_sizes = {size for size in point_sizes if are_key_points(numbers, size)}
+    if len(lengths) == 1 and point_sizes and not config.kpt_shape_given:
+        (length,) = lengths
+        shapes = " or ".join(f"[{(length - 4) // size}, {size}]" for size in sorted(point_sizes))
+        raise DataError(
+            f"every label has {length + 1} columns, of which 2 to 5 are a box that holds the points behind it: if "
+            f"these are key points, add `kpt_shape: {shapes}` to {config.path}; if all columns are a polygon, add "
+            "`kpt_shape: null`"
+        )
     known = set(config.classes)
     for shift in (1, -1):
         # A list's names count from 0: ids that reach their number, without a 0, count from 1.
@@ -135,6 +154,27 @@ def _check_ids(files: Sequence[Path], config: YoloConfig) -> None:
                 f"those of {config.path} from {min(known)} to {max(known)}, so each object would get another class's "
                 f"name. Correct one, as with `names: {{{min(known) + shift}: {config.classes[min(known)]}, ..}}`"
             )
+
+
+def are_key_points(numbers: Sequence[float], size: int) -> bool:
+    """Whether numbers are a box in 0..1 and key points in it.
+
+    Args:
+        numbers: of a line, without its class.
+        size: numbers of a key point: 2 (x, y), or 3, the last of which is 0, 1 or 2 (visibility).
+    """
+    if len(numbers) < 6 or (len(numbers) - 4) % size:
+        return False
+    box, points = np.array(numbers[:4]), np.array(numbers[4:]).reshape(-1, size)
+    low, high = box[:2] - box[2:] / 2 - TOLERANCE, box[:2] + box[2:] / 2 + TOLERANCE
+    marked = points[points[:, :2].any(axis=1), :2]  # a key point at 0, 0 is one that was not marked
+    return bool(
+        (box[2:] > 0).all()
+        and (low >= -2 * TOLERANCE).all()
+        and (high <= 1 + 2 * TOLERANCE).all()
+        and ((low <= marked) & (marked <= high)).all()
+        and (size == 2 or np.isin(points[:, 2], (0, 1, 2)).all())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

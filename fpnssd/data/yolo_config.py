@@ -50,6 +50,7 @@ class YoloConfig:
     # Name -> folders, or text files that list images. Where none is named, each is looked for as a folder of its name.
     splits: dict[str, list[str]] = field(default_factory=dict)
     kpt_shape: tuple[int, int] | None = None  # key points of each object, numbers of each (2 or 3)
+    kpt_shape_given: bool = False  # also as null
 
     @property
     def folders(self) -> list[Path]:
@@ -187,7 +188,8 @@ def _read_yaml(path: Path) -> YoloConfig:
     if not os.path.exists(root):
         root = path.parent
         print(f"note: {path} names the folder {folder}, which is not there: {root} is taken in its place")
-    return YoloConfig(path, normalize_path(root), classes, splits, _kpt_shape(path, content.get("kpt_shape")))
+    kpt_shape = _kpt_shape(path, content.get("kpt_shape"))
+    return YoloConfig(path, normalize_path(root), classes, splits, kpt_shape, "kpt_shape" in content)
 
 
 def load_yaml(path: Path):
