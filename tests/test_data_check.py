@@ -149,7 +149,7 @@ def nasty_voc(root):
         "annotation does not parse": ["broken_xml.xml"],
         "annotation with entities": ["laughs.xml"],
         "annotation incomplete": ["no_bndbox.xml", "no_name.xml"],
-        "number unreadable": ["word.xml: <xmin> is 'one'", "size_word.xml: <width> is 'wide'"],
+        "number unreadable": ["word.xml: <xmin> is 'one'", "size_word.xml: <size>: 'wide' is not a number"],
         "image missing": ["no_image"],
         "image outside the image folder": ["outside"],
         "file is no image": ["text.jpg", "nothing.jpg"],

@@ -127,7 +127,7 @@ def test_other_flags_are_named_and_not_set(tmp_path, value):
     (tmp_path / "a.xml").write_text(annotation(flags=f"<difficult>{value}</difficult>"))
     _, (one,), (problem,) = parse_voc_xml(tmp_path / "a.xml")
     assert one.difficult is False
-    assert (problem.kind, f"a.xml: dog: <difficult> '{value}'" in problem.where) == ("flag unreadable", True)
+    assert (problem.kind, f"a.xml: dog: difficult '{value}'" in problem.where) == ("flag unreadable", True)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_sizes(tmp_path, size, expected):
             annotation().replace("<object>", "<objects><object>").replace("</object>", "</object></objects>"),
             "<objects>",
         ),
-        (annotation().replace("object>", "item>"), "in <item>"),
+        (annotation().replace("object>", "item>"), "<item>"),
         (annotation().replace("<object>", '<o:object xmlns:o="x">').replace("</object>", "</o:object>"), "object>"),
         ("<!DOCTYPE html><html><body>404 Not Found</body></html>", "the root <html>"),
     ],

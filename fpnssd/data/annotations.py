@@ -8,10 +8,10 @@ import codecs
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fpnssd.data.images import DataError
 
@@ -126,6 +126,24 @@ def parse_flag(value: object) -> bool | None:
         if (number := parse_number(value)) in (0, 1):
             return bool(number)
     raise ValueError(f"{value!r:.80} is neither 0 nor 1, true nor false")
+
+
+def parse_flags(values: Mapping[str, object], where: str, problems: list[Problem]) -> dict[str, Any]:
+    """RawObject's difficult, crowd and truncated; what is no flag is not set, and appended to `problems`.
+
+    Args:
+        values: the three as the file writes them.
+        where: the file and the object, for problems.
+        problems: of the image so far.
+    """
+    flags: dict[str, bool | None] = {}
+    for name, value in values.items():
+        try:
+            flags[name] = parse_flag(value)
+        except ValueError as error:
+            problems.append(Problem("flag unreadable", f"{where}: {name} {error}"))
+            flags[name] = None
+    return {**flags, "difficult": bool(flags["difficult"]), "crowd": bool(flags["crowd"])}
 
 
 def parse_size(height: object, width: object) -> tuple[float, float] | None:

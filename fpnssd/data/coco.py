@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fpnssd.data.annotations import (
     Record,
     SplitAnnotations,
     name_problem,
-    parse_flag,
+    parse_flags,
     parse_number,
     parse_size,
 )
@@ -182,13 +181,12 @@ def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
     Roboflow writes the project's name as category 0. Where ids are no whole numbers from 0, classes get 1..C.
 
     Raises:
-        DataError: two categories of a file have one name, or files give one name two ids or one id two names.
+        DataError: one name has two ids, or one id two names.
     """
     used = set().union(*(file.used for file in files))
     ids: dict[str, int | str] = {}
     names: dict[int | str, str] = {}
     for file in files:
-        in_file = set()
         for category_id, entry in file.categories.items():
             name = entry["name"]
             children = (other for other_id, other in file.categories.items() if other_id != category_id)
@@ -196,9 +194,6 @@ def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
                 note = f"note: {file.path}: category {category_id!r}, {name!r}, is a group of others and no class"
                 print(note, file=sys.stderr)
                 continue
-            if name in in_file:
-                raise DataError(f"{file.path} gives two categories the same name {name!r}: {ids[name]}, {category_id}")
-            in_file.add(name)
             if names.setdefault(category_id, name) != name:
                 raise DataError(
                     f"{file.path} gives category {name!r} the id that {files[0].path} gives "
@@ -243,7 +238,7 @@ def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
             file.used.add(parse_id(entry["category_id"]))
             if (one := read_object(entry, category["name"], text, problems)) is not None:
                 record.objects.append(one)
-    file.split.records = [partial(with_file_name, record, root) for record in unique]
+    file.split.records = [lambda record=record: record for record in unique]
     return file
 
 
@@ -275,6 +270,7 @@ def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dic
         except ValueError:
             sides = f"{entry['width']!r:.80} x {entry['height']!r:.80}"
             raise DataError(f"{path}: image {image_id!r} has a size that is no number: {sides}") from None
+        name = name.replace("\\", "/")  # Windows
         # A text stays one: results have to name the image as the file does.
         written_id = entry["id"] if isinstance(entry["id"], str) else image_id
         record = Record(name, str(path), [], size, image_id=written_id)
@@ -283,13 +279,6 @@ def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dic
             where = f"{path}: {name} is image {records[image_id].image_id!r} and {written_id!r}"
             problems.append(Problem("image named twice", where))
     return records
-
-
-def with_file_name(record: Record, root: Path) -> Record:
-    """The record; a file name with Windows' backslashes gets slashes where no such file is there."""
-    if "\\" in record.file_name and not (root / record.file_name).exists():
-        record.file_name = record.file_name.replace("\\", "/")
-    return record
 
 
 def find_image_root(path: Path, split: str, image_root: object, records: Sequence[Record]) -> Path:
@@ -309,8 +298,7 @@ def find_image_root(path: Path, split: str, image_root: object, records: Sequenc
     sample = records[:: max(1, len(records) // SAMPLED_IMAGES)]
 
     def count(folder: Path) -> int:
-        names = (record.file_name.replace("\\", "/") for record in sample)
-        return sum((folder / name).is_file() for name in names)
+        return sum((folder / record.file_name).is_file() for record in sample)
 
     best = max(folders, key=count)
     if count(best) == 0:
@@ -338,13 +326,8 @@ def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> R
             problems.append(Problem("object without a box", f"{text} has {why}"))
             return None
         problems.append(Problem("polygon instead of a box", text))
-    flags = {}
-    for flag in ("difficult", "iscrowd", "truncated"):
-        try:
-            flags[flag] = parse_flag(entry.get(flag))
-        except ValueError as error:
-            problems.append(Problem("flag unreadable", f"{text}: {flag} {error}"))
-            flags[flag] = None
+    values = {"difficult": entry.get("difficult"), "crowd": entry.get("iscrowd"), "truncated": entry.get("truncated")}
+    flags = parse_flags(values, text, problems)
     area = None
     if str(entry.get("area", "")).strip() not in ("", "None"):
         try:
@@ -354,8 +337,7 @@ def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> R
         if not (math.isfinite(area) and area > 0):
             problems.append(Problem("area unusable", f"{text} has the area {entry['area']!r:.80}"))
             area = None
-    difficult, crowd = bool(flags["difficult"]), bool(flags["iscrowd"])
-    return RawObject(name, edges, difficult, crowd, area, text, flags["truncated"])
+    return RawObject(name, edges, area=area, text=text, **flags)
 
 
 def enclosing_box(segmentation: object) -> tuple[float, float, float, float] | None:

@@ -25,7 +25,7 @@ from fpnssd.data.annotations import (
     RawObject,
     Record,
     SplitAnnotations,
-    parse_flag,
+    parse_flags,
     parse_number,
     parse_size,
     read_lines,
@@ -96,19 +96,14 @@ class VocFolder:
         """The image name in a line of a split file, without ending.
 
         VOC's lists of one class have a flag behind the name. Other people's names contain blanks, or are in quotes, or
-        have an ending or a folder. The first reading counts for which there is an annotation, or else an image.
+        have an ending or a folder. The first reading counts for which there is an annotation or an image.
         """
-        readings = []
-        for part in (line, re.sub(r"\s+-?[01]$", "", line), line.split()[0]):
-            unquoted = part.strip("\"'").strip().replace("\\", "/")
-            readings += [part, unquoted, without_image_ending(unquoted)]
-        usual = readings[5]
-        readings += [os.path.basename(reading) for reading in readings]
-        for reading in readings:
-            if (self.annotations / f"{reading}.xml").is_file():
-                return reading
-        images = (reading for reading in readings if self.find_image(reading) is not None)
-        return without_image_ending(next(images, usual))
+        for text in (line, re.sub(r"\s+-?[01]$", "", line)):
+            name = without_image_ending(text.strip("\"' ").replace("\\", "/"))
+            for reading in (name, os.path.basename(name)):
+                if (self.annotations / f"{reading}.xml").is_file() or self.find_image(reading):
+                    return reading
+        return name
 
     def find_image(self, name: str) -> Path | None:
         """The image file of this name; an ending may be missing, or be in capitals."""
@@ -208,10 +203,7 @@ def common_image_root(sources: Sequence[VocFolder]) -> Path:
         return sources[0].images
     for source in sources:
         source.images, source.annotations = source.images.resolve(), source.annotations.resolve()
-    try:
-        return Path(os.path.commonpath([source.folder.resolve() for source in sources]))
-    except ValueError:  # Windows
-        raise DataError(f"{sources[0].folder} and the other folders have to be on one drive") from None
+    return Path(os.path.commonpath([source.folder.resolve() for source in sources]))
 
 
 def read_voc_record(source: VocFolder, name: str, image_root: Path, unlabelled: bool = False) -> Record:
@@ -251,9 +243,12 @@ def parse_voc_xml(path: Path) -> tuple[tuple[float, float] | None, list[RawObjec
     """
     root = parse_xml(path)
     require_voc(root, path)
-    element = root.find("size")
-    size = None if element is None else parse_size_element(element, path)
-    objects, problems = [], []
+    try:
+        size = parse_size(root.findtext("size/height"), root.findtext("size/width"))
+    except ValueError as error:
+        raise DataError(f"{path}: <size>: {error}", "number unreadable") from None
+    objects: list[RawObject] = []
+    problems: list[Problem] = []
     for element in root.findall("object"):
         box, name = element.find("bndbox"), (element.findtext("name") or "").strip()
         if box is None or not name:
@@ -262,16 +257,9 @@ def parse_voc_xml(path: Path) -> tuple[tuple[float, float] | None, list[RawObjec
         xmin, ymin, xmax, ymax = (read_number(box, tag, path) for tag in ("xmin", "ymin", "xmax", "ymax"))
         # xmax == xmin is one pixel to VOC, which has no such box, and nothing to tools with exclusive corners.
         edges = (xmin - (xmax > xmin), ymin - (ymax > ymin), xmax, ymax)
-        flags = {}
-        for flag in ("difficult", "crowd", "truncated"):
-            try:
-                flags[flag] = parse_flag(element.findtext(flag))
-            except ValueError as error:
-                problems.append(Problem("flag unreadable", f"{path}: {name}: <{flag}> {error}"))
-                flags[flag] = None
-        text = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
-        difficult, crowd = bool(flags["difficult"]), bool(flags["crowd"])
-        objects.append(RawObject(name, edges, difficult, crowd, text=text, truncated=flags["truncated"]))
+        values = {flag: element.findtext(flag) for flag in ("difficult", "crowd", "truncated")}
+        flags = parse_flags(values, f"{path}: {name}", problems)
+        objects.append(RawObject(name, edges, text=f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})", **flags))
     return size, objects, problems
 
 
@@ -309,25 +297,10 @@ def require_voc(root: Element, path: Path) -> None:
         sentence = f"{path} has the root <{root.tag:.80}>, where VOC has <annotation>"
         raise DataError(sentence, "annotation of another format")
     for child in root:
-        if child.tag == "object":
-            continue
-        for element in child.iter():
-            tag = str(element.tag).rpartition("}")[2].lower()
-            if tag in ("object", "bndbox"):
-                where = f"in <{child.tag:.80}>, not" if element is not child else f"as <{child.tag:.80}>, not <object>"
-                sentence = f"{path} has objects {where} directly in <annotation>"
-                raise DataError(sentence, "annotation of another format")
-
-
-def parse_size_element(element: Element, path: Path) -> tuple[float, float] | None:
-    """(height, width) of a <size>, None where either is not given; DataError where it is no number."""
-    sides = {tag: element.findtext(tag) for tag in ("height", "width")}
-    try:
-        return parse_size(**sides)
-    except ValueError:
-        for tag in sides:
-            read_number(element, tag, path)
-        raise
+        tags = {str(element.tag).rpartition("}")[2].lower() for element in child.iter()}
+        if child.tag != "object" and tags & {"object", "bndbox"}:
+            sentence = f"{path} has objects in or as <{child.tag:.80}>, not <object> directly in <annotation>"
+            raise DataError(sentence, "annotation of another format")
 
 
 def read_number(element: Element, tag: str, path: Path) -> float:
