@@ -55,7 +55,7 @@ test-long: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy model.py datasets.py utils.py detect.py fpnssd/inference fpnssd/evaluation
+	$(BIN)/mypy model.py datasets.py utils.py detect.py bulk_detect.py fpnssd/inference fpnssd/evaluation
 
 clean:  # what make made; your data and runs stay
 	rm -rf .venv data/synthetic data/synthetic_voc runs/demo

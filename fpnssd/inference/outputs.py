@@ -63,6 +63,14 @@ class OutputPaths:
         return files
 
 
+def failure_message(source: str, error: Exception) -> str:
+    """What is said of an input that failed: the error, with its class if it is none of the user's, and the input."""
+    message = error_message(error)
+    if not isinstance(error, (InputError, OSError)):
+        message = f"{type(error).__name__}: {message}"
+    return message if Path(source).name in message else f"{source}: {message}"
+
+
 class Outputs:
     """Writes the results of one image after the other, for a with block; failures are printed and counted.
 
@@ -133,11 +141,7 @@ class Outputs:
 
     def fail(self, source: str, error: Exception) -> None:
         self.failures += 1
-        message = error_message(error)
-        if not isinstance(error, (InputError, OSError)):
-            message = f"{type(error).__name__}: {message}"
-        name = Path(source).name
-        tqdm.write(f"detect: {message if name in message else f'{source}: {message}'}", file=sys.stderr)
+        tqdm.write(f"detect: {failure_message(source, error)}", file=sys.stderr)
 
     def print(self, text: str) -> None:
         """Prints to standard output, unless that gets the JSON."""
