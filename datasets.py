@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig, Photograph, augment, copy_paste, mosaic
+from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig, augment, copy_paste, mosaic
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError, to_pixels
 from fpnssd.data.pixel_cache import PixelCache
@@ -72,22 +72,16 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.data_list)
 
-    def photograph(self, index: int) -> Photograph:
-        """Returns the decoded image and its objects, before augmentation.
+    def load(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Returns an image before augmentation: uint8 (3, H, W), perhaps those of a smaller copy, and its target.
 
         Raises:
             DataError: the image cannot be read.
         """
-        target = self.data_list.target(index)
         pixels = self.cache.read(index) if self.cache else None
-        return Photograph(
-            pixels=to_pixels(self.data_list.read_image(index)) if pixels is None else pixels,
-            boxes=target["boxes"].astype(np.float64),
-            labels=target["labels"],
-            difficult=target["difficult"],
-            crowd=target["crowd"],
-            size=target["size"],
-        )
+        if pixels is None:
+            pixels = to_pixels(self.data_list.read_image(index))
+        return pixels, self.data_list.target(index)
 
     def __getitem__(self, key: int | Key) -> dict[str, Any]:
         epoch, index, occurrence = key if isinstance(key, tuple) else (0, key, 0)
@@ -95,24 +89,22 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         config, side = self.augment, self.image_size
         if self.num_epochs is not None and epoch >= self.num_epochs - config.close_epochs:
             config = config.closed()
-        photograph = self.photograph(index)
+        pixels, target = self.load(index)
         if rng.random() < config.mosaic:
             others = rng.integers(len(self), size=3).tolist()
-            pixels, objects = mosaic(rng, [photograph, *map(self.photograph, others)], side, config)
+            pixels, objects = mosaic(rng, [(pixels, target), *map(self.load, others)], side, config)
         else:
-            pixels, objects = augment(rng, photograph, side, side, config)
+            pixels, objects = augment(rng, pixels, target, side, side, config)
         if rng.random() < config.copy_paste:
-            donor = self.photograph(int(rng.integers(len(self))))
+            donor = self.load(int(rng.integers(len(self))))
             pixels, objects = copy_paste(rng, pixels, objects, donor, config)
-        boxes_norm = (objects["boxes"] / side).astype(np.float32)  # pixels of the square -> 0..1
+        boxes_norm = (objects.pop("boxes") / side).astype(np.float32)  # pixels of the square -> 0..1
         return {
             "image": pixels,  # uint8 (3, S, S)
             "boxes_norm": torch.from_numpy(boxes_norm),  # (n, 4)
-            "labels": torch.from_numpy(objects["labels"]),
-            "difficult": torch.from_numpy(objects["difficult"]),
-            "crowd": torch.from_numpy(objects["crowd"]),
-            "image_id": self.data_list.image_id(index),
-            "size": photograph.size,
+            **{name: torch.from_numpy(values) for name, values in objects.items()},  # labels, difficult, crowd (n,)
+            "image_id": target["image_id"],
+            "size": target["size"],
             "key": (epoch, index, occurrence),
         }
 
@@ -134,12 +126,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         # Channels-last memory, as the network uses: stacked as (B, S, S, 3), then permuted to (B, 3, S, S).
         "image": default_collate([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
         "boxes_norm": padded("boxes_norm"),  # (B, N, 4)
-        "labels": padded("labels"),  # (B, N)
-        "difficult": padded("difficult"),
-        "crowd": padded("crowd"),
-        "image_id": [sample["image_id"] for sample in samples],
-        "size": [sample["size"] for sample in samples],
-        "key": [sample["key"] for sample in samples],
+        **{name: padded(name) for name in ("labels", "difficult", "crowd")},  # (B, N)
+        **{name: [sample[name] for sample in samples] for name in ("image_id", "size", "key")},
     }
 
 

@@ -12,7 +12,6 @@ from fpnssd.data.augment import (
     FILL,
     NO_AUGMENTATION,
     AugmentConfig,
-    Photograph,
     augment,
     change_colour,
     copy_paste,
@@ -185,28 +184,27 @@ def photograph(boxes, colour, size=(120, 160), **flags):
     for x0, y0, x1, y1 in boxes:
         pixels[:, y0:y1, x0:x1] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
     count = len(boxes)
-    return Photograph(
-        pixels=pixels,
-        boxes=np.array(boxes, dtype=float).reshape(-1, 4),
-        labels=np.arange(1, count + 1),
-        difficult=np.zeros(count, dtype=bool),
-        crowd=flags.get("crowd", np.zeros(count, dtype=bool)),
-        size=size,
-    )
+    return pixels, {
+        "boxes": np.array(boxes, dtype=float).reshape(-1, 4),
+        "labels": np.arange(1, count + 1),
+        "difficult": np.zeros(count, dtype=bool),
+        "crowd": flags.get("crowd", np.zeros(count, dtype=bool)),
+        "size": size,
+    }
 
 
 def test_objects_are_dropped_by_the_rule():
     """An object stays if its centre is in the view and min_side pixels of it are left; a crowd needs no centre."""
     boxes = [(10, 10, 60, 60), (100, 10, 150, 60), (30, 80, 31, 110)]
     config = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), flip=0, colour=0)
-    _, objects = augment(np.random.default_rng(0), photograph(boxes, (9, 9, 9)), 160, 120, config)
+    _, objects = augment(np.random.default_rng(0), *photograph(boxes, (9, 9, 9)), 160, 120, config)
     assert objects["labels"].tolist() == [1, 2, 3]
-    _, objects = augment(np.random.default_rng(0), photograph(boxes, (9, 9, 9)), 80, 60, config)
+    _, objects = augment(np.random.default_rng(0), *photograph(boxes, (9, 9, 9)), 80, 60, config)
     assert objects["labels"].tolist() == [1, 2]  # the third is half a pixel wide
     crop = AugmentConfig(zoom_out=0, crop_min_overlaps=(0.9,), flip=0, colour=0)
     crowd = np.array([False, True, True])
     for seed in range(20):
-        _, objects = augment(np.random.default_rng(seed), photograph(boxes, (9, 9, 9), crowd=crowd), 300, 300, crop)
+        _, objects = augment(np.random.default_rng(seed), *photograph(boxes, (9, 9, 9), crowd=crowd), 300, 300, crop)
         assert objects["labels"][0] == 1  # crops look for what is no crowd
         assert (objects["boxes"][:, 2:] - objects["boxes"][:, :2] >= 1).all()
 
@@ -249,7 +247,7 @@ def test_pasted_objects_are_there_and_cover_little():
     counts = []
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        pixels, objects = augment(rng, target, 300, 300, NO_AUGMENTATION)
+        pixels, objects = augment(rng, *target, 300, 300, NO_AUGMENTATION)
         before = pixels.clone()
         pasted, both = copy_paste(rng, pixels, objects, donor, config)
         assert torch.equal(pixels, before)  # the sample itself is not written to

@@ -4,14 +4,17 @@ A *view* is the rectangle of the original image that fills the network's input: 
 crop, larger than the image where SSD zooms out. A *colour matrix* (3, 4) holds brightness, contrast, saturation, hue.
 Both are sampled first, and then each pixel of the result is computed once.
 
-    photograph = Photograph(pixels, boxes, labels, difficult, crowd, size)
-    pixels, objects = augment(np.random.default_rng(0), photograph, 300, 300, AugmentConfig())
+    pixels, objects = augment(np.random.default_rng(0), pixels, target, 300, 300, AugmentConfig())
+
+`pixels` is uint8 (3, H, W), best channels last in memory, as images are decoded, and may be those of a smaller copy.
+`target` is what DataList.target returns: boxes in pixels of the original, whose height and width is `size`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ FILL = (124, 116, 104)  # RGB of what lies outside of the image: ImageNet's mean
 
 Rng = np.random.Generator
 Objects = dict[str, np.ndarray]  # boxes (n, 4), labels, difficult, crowd (n,) of a sample
+Target = dict[str, Any]  # the same of an image, and its size, (height, width)
 Placement = tuple[float, float, float, float]  # see render_view
 
 
@@ -57,18 +61,6 @@ class AugmentConfig:
 
 
 NO_AUGMENTATION = AugmentConfig(zoom_out=0, crop_min_overlaps=(1.0,), flip=0, colour=0)
-
-
-@dataclass
-class Photograph:
-    """A decoded image and its objects. The pixels may be a smaller copy's; boxes are in pixels of the original."""
-
-    pixels: torch.Tensor  # uint8 (3, H, W), best channels last in memory, as images are decoded
-    boxes: np.ndarray  # (n, 4) float64, xyxy in pixels of `size`
-    labels: np.ndarray  # (n,) int64, 1..C
-    difficult: np.ndarray  # (n,) bool
-    crowd: np.ndarray  # (n,) bool
-    size: tuple[int, int]  # height and width of the original
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +263,7 @@ def change_colour(pixels: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
 
 
 def augment(
-    rng: Rng, photograph: Photograph, width: int, height: int, config: AugmentConfig
+    rng: Rng, pixels: torch.Tensor, target: Target, width: int, height: int, config: AugmentConfig
 ) -> tuple[torch.Tensor, Objects]:
     """Renders a photograph through a sampled view, with sampled colours.
 
@@ -280,7 +272,7 @@ def augment(
 
     Args:
         rng: source of the randomness.
-        photograph: the image and its objects.
+        pixels, target: the image and its objects.
         width, height: of the result, in pixels.
         config: probabilities and ranges.
 
@@ -288,27 +280,26 @@ def augment(
         uint8 (3, height, width), and the objects in it: boxes (n, 4) float64 in its pixels, labels (n,) int64,
         difficult and crowd (n,) bool.
     """
-    boxes, crowd = photograph.boxes, photograph.crowd
-    view = sample_view(rng, photograph.size, boxes[~crowd], config)
+    boxes, crowd, size = target["boxes"].astype(np.float64), target["crowd"], target["size"]
+    view = sample_view(rng, size, boxes[~crowd], config)
     flip = bool(rng.random() < config.flip)
     colour_matrix = sample_colour_matrix(rng, config)
-    pixels, placement = render_view(photograph.pixels, view, width, height, flip, colour_matrix, photograph.size)
+    rendered, placement = render_view(pixels, view, width, height, flip, colour_matrix, size)
     moved = move_boxes(boxes, placement, width, height, flip)
     kept = centres_inside(view[None], boxes)[0] | crowd
     kept &= (moved[:, 2:] - moved[:, :2] >= config.min_side).all(axis=1)
-    objects = {
-        "boxes": moved[kept],
-        "labels": photograph.labels[kept],
-        "difficult": photograph.difficult[kept],
-        "crowd": crowd[kept],
-    }
-    return pixels, objects
+    return rendered, {"boxes": moved[kept], **_rows(target, kept)}
+
+
+def _rows(target: Target, rows: np.ndarray | slice) -> Objects:
+    """Some of a target's objects, without their boxes."""
+    return {name: target[name][rows] for name in ("labels", "difficult", "crowd")}
 
 
 def mosaic(
-    rng: Rng, photographs: Sequence[Photograph], side: int, config: AugmentConfig
+    rng: Rng, images: Sequence[tuple[torch.Tensor, Target]], side: int, config: AugmentConfig
 ) -> tuple[torch.Tensor, Objects]:
-    """Joins four photographs around a random point of a square (YOLOv4, arXiv:2004.10934), each augmented on its own.
+    """Joins four images around a random point of a square (YOLOv4, arXiv:2004.10934), each augmented on its own.
 
     Returns:
         uint8 (3, side, side), and the objects in it, as augment does.
@@ -318,37 +309,38 @@ def mosaic(
     square = _filled(side, side).clone()
     parts = [(0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)]
     gathered = []
-    for number, photograph in zip(rng.permutation(4), photographs, strict=True):
+    for number, (pixels, target) in zip(rng.permutation(4), images, strict=True):
         x0, y0, x1, y1 = parts[number]
-        square[:, y0:y1, x0:x1], objects = augment(rng, photograph, x1 - x0, y1 - y0, config)
+        square[:, y0:y1, x0:x1], objects = augment(rng, pixels, target, x1 - x0, y1 - y0, config)
         objects["boxes"] = objects["boxes"] + (x0, y0, x0, y0)
         gathered.append(objects)
     return square, _joined(gathered)
 
 
 def copy_paste(
-    rng: Rng, pixels: torch.Tensor, objects: Objects, donor: Photograph, config: AugmentConfig
+    rng: Rng, pixels: torch.Tensor, objects: Objects, donor: tuple[torch.Tensor, Target], config: AugmentConfig
 ) -> tuple[torch.Tensor, Objects]:
-    """Pastes objects of another photograph into a sample, where they cover little of the objects in it.
+    """Pastes objects of another image into a sample, where they cover little of the objects in it.
 
     Cut, paste and learn (arXiv:1708.01642), but with rectangles, because there are no masks.
 
     Args:
         rng: source of the randomness.
         pixels, objects: the sample, as augment returns it; both stay as they are.
-        donor: whose objects to paste.
+        donor: pixels and target of the image whose objects to paste.
         config: probabilities and ranges.
 
     Returns:
         The new pixels, and the objects with the pasted ones after them.
     """
     height, width = pixels.shape[1:]
-    usable = np.flatnonzero(~donor.crowd)
+    donor_pixels, target = donor
+    usable = np.flatnonzero(~target["crowd"])
     count = min(len(usable), int(rng.integers(1, config.copy_paste_most + 1)))
     pixels = pixels.clone()
-    to_square = np.array([width, height]) / (donor.size[1], donor.size[0])
+    to_square = np.array([width, height]) / (target["size"][1], target["size"][0])
     for row in rng.choice(usable, count, replace=False):
-        box = donor.boxes[row]
+        box = target["boxes"][row].astype(np.float64)
         sides = np.rint((box[2:] - box[:2]) * to_square * rng.uniform(*config.copy_paste_scale)).astype(int)
         if (sides < max(config.min_side, 1)).any() or (sides > (width, height)).any():
             continue
@@ -356,11 +348,11 @@ def copy_paste(
         if place is None:
             continue
         flip, colour_matrix = bool(rng.random() < config.flip), sample_colour_matrix(rng, config)
-        patch, _ = render_view(donor.pixels, box, int(sides[0]), int(sides[1]), flip, colour_matrix, donor.size)
+        patch, _ = render_view(donor_pixels, box, int(sides[0]), int(sides[1]), flip, colour_matrix, target["size"])
         x0, y0, x1, y1 = place.tolist()
         pixels[:, y0:y1, x0:x1] = patch
-        pasted = {name: getattr(donor, name)[row : row + 1] for name in ("labels", "difficult", "crowd")}
-        objects = _joined([objects, {"boxes": place[None].astype(float), **pasted}])
+        pasted = {"boxes": place[None].astype(float), **_rows(target, slice(row, row + 1))}
+        objects = _joined([objects, pasted])
     return pixels, objects
 
 
