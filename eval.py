@@ -20,6 +20,7 @@ from typing import Any
 from fpnssd.data.data_list import DataList
 from fpnssd.evaluation import intervals
 from fpnssd.evaluation.metrics import ImageDetections, compute_metrics, rank
+from fpnssd.evaluation.parquet_results import read_parquet
 from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
 from fpnssd.evaluation.result_files import read_coco, voc_result_paths, write_coco, write_voc
@@ -68,8 +69,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
-    parser.add_argument("--detections", metavar="FILE", help="evaluate this file in the COCO results format instead")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two checkpoints or .json files")
+    parser.add_argument(
+        "--detections", metavar="FILE", help="evaluate a file in the COCO results format, or a folder of bulk_detect.py"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="compare two checkpoints, .json files or folders"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out a file's invalid detections")
     parser.add_argument("--data", default="data/voc2012", help="folder of data lists")
     parser.add_argument("--split", default="val", help="name of the data list")
@@ -122,16 +127,18 @@ def inputs_of(args: argparse.Namespace, data_list: DataList) -> list[str | None]
 def obtain(
     source: str, data_list: DataList, args: argparse.Namespace
 ) -> tuple[list[ImageDetections], dict[str, dict[str, Any]]]:
-    """Detections from a .json file of them, a checkpoint or an exported file.
+    """Detections from a .json file or a folder of them, a checkpoint or an exported file.
 
     Returns:
         One dict per image; and "settings", "seconds" and, of a model, its "configuration", for the report.
     """
-    if source == args.detections or source.endswith(".json"):
+    if source == args.detections or source.endswith(".json") or Path(source).is_dir():
         start = time.perf_counter()
-        detections, problems = read_coco(source, data_list, args.skip_bad)
+        is_folder = Path(source).is_dir()
+        detections, problems = (read_parquet if is_folder else read_coco)(source, data_list, args.skip_bad)
+        what = "images without detections" if is_folder else "rows left out"
         for problem, count in problems.items():
-            print(f"warning: {source}: {count} rows left out: {problem}", file=sys.stderr)
+            print(f"warning: {source}: {count} {what}: {problem}", file=sys.stderr)
         settings = {"detections": str(source), "data_list": data_list.path, "skipped": problems}
         return detections, {"settings": settings, "seconds": {"load": time.perf_counter() - start}}
     detector = load_detector(source, args.device, runtime_of(source), args.precision)

@@ -151,7 +151,7 @@ def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int, int], data_li
             return "unknown image_id"
         if row["category_id"] not in label_of:
             return "unknown category_id"
-        if "file_name" in row and not _same_file(str(row["file_name"]), data_list.file_names[row_of[row["image_id"]]]):
+        if "file_name" in row and not same_file(str(row["file_name"]), data_list.file_names[row_of[row["image_id"]]]):
             return "file_name is not that of the image with this image_id, so the ids are those of another list"
     except (KeyError, TypeError):
         return "not a dict of image_id, category_id, bbox, score"
@@ -165,7 +165,7 @@ def _is_finite(number: Any) -> bool:
         return False
 
 
-def _same_file(first: str, second: str) -> bool:
+def same_file(first: str, second: str) -> bool:
     """Whether two paths, each relative to an unknown folder, can be one file: the shorter one ends the longer one."""
     a, b = (PurePosixPath(path.replace("\\", "/")).parts for path in (first, second))
     a, b = (parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts for parts in (a, b))
