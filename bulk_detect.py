@@ -22,14 +22,13 @@ import torch
 
 from fpnssd.inference.addresses import list_addresses
 from fpnssd.inference.bulk import ResultFolder, Worker
-from fpnssd.inference.detector import check_thresholds
+from fpnssd.inference.detector import check_thresholds, load_detector
 from model import DEFAULT_CHECKPOINT, DETECTION
 from utils import InputError, check_outputs, error_message, escape_unprintable, hash_file, whole_number
 
 LOCAL_STORE = 256 * 2**20  # bytes of shared memory for a local Ray: addresses and rows alone pass through it
 BLOCK_BATCHES = 16  # batches of a block: the unit that Ray gives to a worker, and repeats if the worker dies
 RETRIES = 3  # of a block whose worker dies
-STARTS = 3  # attempts to start Ray, which waits 30 s for itself: too short where the machine is busy
 MAX_ERRORED_BLOCKS = 100  # more failing blocks end the run: then it is not because of a few pictures
 
 
@@ -38,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     escape_unprintable()
     try:
         check_thresholds(args.min_score, args.max_overlap, args.top_k)
-        check_installed()
+        import_ray()
         check_outputs([("detections", Path(args.out) / "part-0.parquet")] if "://" not in args.out else [], args.images)
+        load_detector(args.checkpoint, "cpu")  # here its errors are clear; in a worker they are Ray's
         with ResultFolder(args.out, settings_of(args)) as result:
             left = result.left(list_addresses(args.images))
             seconds = run(left, result, args) if len(left) else 0.0
@@ -80,8 +80,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_installed() -> None:
-    """Raises InputError where Ray or pyarrow is not installed."""
+def import_ray() -> None:
+    """Imports Ray, with some settings; raises InputError where it or pyarrow is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the default is too short for a busy machine
     try:
         import pyarrow  # noqa: F401  # optional
         import ray.data  # noqa: F401
@@ -138,21 +140,17 @@ def ray_session(args: argparse.Namespace) -> Iterator[int]:
     """Connects to Ray, or starts it on this machine, for a with block; yields how many workers there will be."""
     import ray  # optional
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends no telemetry
     local: dict[str, Any] = {}
     if args.address == "local":
         cpus = args.concurrency * args.cpus_per_worker if args.concurrency else None
         local = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": LOCAL_STORE}
     # Workers on other machines find this code, and the pictures' relative paths, where they are on this one.
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
-    for attempt in range(1, STARTS + 1):
-        try:
-            ray.init(args.address, runtime_env=environment, **local)
-            break
-        except Exception as error:  # of many kinds
-            ray.shutdown()
-            if attempt == STARTS:
-                raise InputError(f"Ray did not start: {error_message(error)}") from error
+    try:
+        ray.init(args.address, runtime_env=environment, **local)
+    except Exception as error:  # of many kinds
+        ray.shutdown()
+        raise InputError(f"Ray did not start: {error_message(error)}") from error
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, in place of Ray's own handler
     try:
         there = ray.cluster_resources()

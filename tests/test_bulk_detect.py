@@ -50,19 +50,10 @@ def in_archive(archive, monkeypatch):
     return archive
 
 
-def detected(capsys, *arguments):
+def detected(capsys, *arguments, batch_size=4):
     """What detect.py finds: {path: objects}, and {its messages}."""
-    options = [
-        "--checkpoint",
-        "sure.pth.tar",
-        "--json",
-        "-",
-        "--no-pictures",
-        "--batch-size",
-        "4",
-        "--precision",
-        "fp32",
-    ]
+    options = ["--checkpoint", "sure.pth.tar", "--json", "-", "--no-pictures", "--precision", "fp32"]
+    options += ["--batch-size", str(batch_size)]
     with pytest.raises(SystemExit):  # as there are broken pictures
         detect.main([*arguments, *options])
     said = capsys.readouterr()
@@ -283,6 +274,7 @@ def test_results_of_other_settings_and_foreign_files_are_refused(in_tmp):
         (["--out", "o", "--min-score", "2"], "min_score is 2.0; it must lie in 0..1"),
         (["--out", "o", "--images", "missing"], "missing does not exist"),
         (["--out", "o", "--checkpoint", "none.tar"], "none.tar"),
+        (["--out", "o", "--checkpoint", "pictures/text.jpg"], "pictures/text.jpg"),
     ],
 )
 def test_bad_arguments_end_before_ray_starts(in_archive, arguments, words, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -56,16 +57,65 @@ def test_two_processes_are_one(lists):
         assert status == 0, said
         assert said.count("epoch 10/10") == 1  # one process speaks
     one, two = (load_checkpoint(lists / "runs" / name / "last.pth.tar") for name in ("one", "two"))
-    assert one["step"] == two["step"] == 20
-    for key in ("raw_model", "model"):
-        tensors = [end[key] if key == "raw_model" else end[key].state_dict() for end in (one, two)]
-        for name, tensor in tensors[0].items():
-            assert (tensor - tensors[1][name]).float().norm() <= 1e-5 * tensor.float().norm(), name
+    assert one["step"] == 20
+    assert_same_weights(one, two)
     for row, other in zip(one["log"], two["log"], strict=True):
         assert set(row) == set(other)
         for name in row:
             if name.startswith(("loss", "voc", "coco")):
                 assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def start_agents(folder, *settings):
+    """torchrun for each of two machines, on loopback, with a process each; returns both, which write to a pipe."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", port]
+    return [
+        subprocess.Popen(
+            [*launcher, "--node-rank", str(machine), str(ROOT / "train.py"), *settings],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for machine in (0, 1)
+    ]
+
+
+def assert_same_weights(one, two):
+    """Whether the checkpoints of two runs hold the same weights and averages to 1e-5."""
+    assert one["step"] == two["step"]
+    for key in ("raw_model", "model"):
+        tensors = [end[key] if key == "raw_model" else end[key].state_dict() for end in (one, two)]
+        for name, tensor in tensors[0].items():
+            assert (tensor - tensors[1][name]).float().norm() <= 1e-5 * tensor.float().norm(), name
+
+
+@pytest.mark.long
+def test_two_machines_are_one(lists):
+    """20 steps of 6 images: one process with 6; two machines with 3 each, one of them killed and both started again."""
+    settings = ("--set", *TINY, f"data={lists}", "nominal_batch=6", "save_minutes=0")
+    status, said = start(lists, 1, *settings[1:], "name=one", "batch_size=6")
+    assert status == 0, said
+    agents = start_agents(lists, *settings, "name=two", "batch_size=3")
+    while not (lists / "runs/two/log.csv").exists() and agents[0].poll() is None:
+        time.sleep(0.05)
+    agents[1].kill()  # its process notices it by itself
+    begin = time.monotonic()
+    said = agents[0].communicate(timeout=60)[0]
+    assert time.monotonic() - begin < 60
+    assert agents[0].returncode != 0
+    assert "process 0 lost the others" in said
+    assert "ends, as the torchrun that started it was killed" in agents[1].communicate(timeout=60)[0]
+    assert load_checkpoint(lists / "runs/two/last.pth.tar")["step"] < 20
+    agents = start_agents(lists, "--name", "two", "--resume")
+    said = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert_same_weights(*(load_checkpoint(lists / "runs" / name / "last.pth.tar") for name in ("one", "two")))
 
 
 def test_sigterm_stops_all_processes_at_one_step(lists):

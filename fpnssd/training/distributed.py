@@ -7,6 +7,9 @@ Without torchrun there is one process, and each function here returns at once.
 
 import contextlib
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -42,10 +45,23 @@ def init_distributed(device: torch.device) -> Iterator[torch.device]:
             raise InputError(f"process {number} has no GPU: this machine has {count}; --nproc-per-node {count}")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
     # Only where no exception was raised: a process that fails must end at once, so that torchrun ends the others.
     dist.destroy_process_group()
+
+
+def _end_with_agent(agent: int) -> None:
+    """Ends this process when its parent, torchrun, is gone.
+
+    torchrun that is killed leaves its processes running: those of the other machines would go on with them, and a
+    training that is started again would find runs/NAME in use.
+    """
+    while os.getppid() == agent:
+        time.sleep(2)
+    print(f"train: process {rank()} ends, as the torchrun that started it was killed", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def rank() -> int:
