@@ -161,10 +161,11 @@ class EpochSampler(Sampler[Key]):
         length: number of images.
         seed: of the order.
         weights: (length,) how often to draw each image: length times its share of the sum, rounded up or down at
-            random, `occurrence` counting them. None draws each image once.
+            random, `occurrence` counting them. None draws each image once. Both times `repeats`.
         rank: of this process.
         num_processes: that train together.
         limit: number of samples of an epoch, to leave out those that fill no whole batch; None for all.
+        repeats: passes through the images in an epoch; `occurrence` counts them.
     """
 
     def __init__(
@@ -175,9 +176,10 @@ class EpochSampler(Sampler[Key]):
         rank: int = 0,
         num_processes: int = 1,
         limit: int | None = None,
+        repeats: int = 1,
     ):
-        self.length = length
-        self.limit = length if limit is None else limit
+        self.length, self.total = length, length * repeats
+        self.limit = self.total if limit is None else limit
         self.seed = seed
         self.cumulative = None if weights is None else np.cumsum(weights / np.sum(weights))
         self.rank, self.num_processes = rank, num_processes
@@ -194,13 +196,13 @@ class EpochSampler(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng([self.seed, self.epoch])
         if self.cumulative is None:
-            order, occurrences = rng.permutation(self.length), np.zeros(self.length, dtype=int)
+            occurrences, order = np.divmod(rng.permutation(self.total), self.length)
         else:
             # Systematic sampling: evenly spaced points on the cumulative weights.
-            points = (rng.random() + np.arange(self.length)) / self.length
+            points = (rng.random() + np.arange(self.total)) / self.total
             drawn = np.searchsorted(self.cumulative, points, side="right").clip(max=self.length - 1)
-            shuffled = rng.permutation(self.length)
-            order, occurrences = drawn[shuffled], (np.arange(self.length) - np.searchsorted(drawn, drawn))[shuffled]
+            shuffled = rng.permutation(self.total)
+            order, occurrences = drawn[shuffled], (np.arange(self.total) - np.searchsorted(drawn, drawn))[shuffled]
         for position in range(self.start + self.rank, self.limit, self.num_processes):
             yield self.epoch, int(order[position]), int(occurrences[position])
 

@@ -2,7 +2,7 @@
 
     python train.py                                   # preset voc2012: data/voc2012, resnet50, 280 epochs
     python train.py --preset lite --data data/vocreal --name small --set backbone_lr_scale=0.1
-    python train.py --preset lite --data data/mine --weights runs/small/best.pth.tar --name mine   # fine-tuning
+    python train.py --preset finetune --data data/mine --minutes 20 --name mine   # from the checkpoint that ships
     python train.py --name small --resume             # continues runs/small
     torchrun --nproc-per-node 8 train.py              # eight GPUs; docs/training.md shows several machines
 
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,21 +26,29 @@ from fpnssd.evaluation.metrics import compute_metrics
 from fpnssd.evaluation.predict import Predictor, predict
 from fpnssd.evaluation.tables import format_table
 from fpnssd.inference.detector import torch_detector
-from fpnssd.training import distributed, setup
-from fpnssd.training.checkpoints import BEST, NotFiniteError, RunFolder, TrainState
+from fpnssd.training import distributed, finetune, setup
+from fpnssd.training.checkpoints import NotFiniteError, RunFolder, TrainState
 from fpnssd.training.config import FLAGS, PRESETS, TrainConfig, batch_sizes, make_config, refuse_old_flags, scaled_lr
 from fpnssd.training.cpu_memory import keep_freed_memory
 from fpnssd.training.failures import LOST_WORKER, StopOnSignal, TrainingStopped, describe_failure
 from fpnssd.training.lock import lock_run
 from fpnssd.training.optim import EMA, build_optimizer, freeze, lr_factor, set_train_mode, synchronise_batch_norm
 from fpnssd.training.progress import ProgressLogger
-from utils import InputError, autocast, error_message, pick_device, pick_precision
+from fpnssd.training.time_plan import TimePlan, process_start
+from utils import InputError, autocast, error_message, fast_products, pick_device, pick_precision
+
+FIRST_STEPS = 5  # after which the length of the training is estimated
 
 
-def main(argv: Sequence[str] | None = None) -> dict | None:
+def main(argv: Sequence[str] | None = None, started: float | None = None) -> dict | None:
     try:
         args = parse_args(argv)
-        return train(make_config(args), resume=args.resume)
+        config = make_config(args)
+        if args.preset == "finetune" and not args.resume:
+            choices = finetune.choose(partial(make_config, args))
+            config = make_config(args, [choice.assignment for choice in choices])
+            print(finetune.format_choices(choices, config))
+        return train(config, args.resume, started)
     except (InputError, TrainingStopped, OSError) as error:
         sys.exit(f"train: {error_message(error)}")
     except KeyboardInterrupt:
@@ -62,12 +71,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict | None:
-    """Trains until config.epochs are done or a signal comes, in runs/NAME.
+def train(config: TrainConfig, resume: bool = False, started: float | None = None) -> dict | None:
+    """Trains until config.epochs are done, config.minutes are over or a signal comes, in runs/NAME.
 
     Args:
         config: see fpnssd.training.config.
         resume: continue the run that is there.
+        started: time.monotonic() from which config.minutes count; None for now.
 
     Returns:
         The metrics of the last evaluation (fpnssd.evaluation.metrics), or None if there was none.
@@ -76,34 +86,39 @@ def train(config: TrainConfig, resume: bool = False) -> dict | None:
         InputError: if the configuration, the lists or the run do not fit; nothing was trained.
         TrainingStopped: if the training could not go on.
     """
+    started = time.monotonic() if started is None else started
     with (
         distributed.init_distributed(pick_device(config.device)) as device,
         StopOnSignal() as stop,
         keep_freed_memory(device),
+        fast_products(device, config.tf32),
     ):
         lists = setup.load_lists(config)
         with lock_run(config.name, resume):
-            return Trainer(config, lists, device, stop, resume).run()
+            return Trainer(config, lists, device, stop, resume, started).run()
 
 
 class Trainer:
     """Builds the parts of a training in order, then runs its loop (train_epochs)."""
 
     def __init__(
-        self, config: TrainConfig, lists: setup.Lists, device: torch.device, stop: StopOnSignal, resume: bool = False
+        self,
+        config: TrainConfig,
+        lists: setup.Lists,
+        device: torch.device,
+        stop: StopOnSignal,
+        resume: bool = False,
+        started: float | None = None,
     ):
         self.config = config = replace(config, precision=pick_precision(config.precision, device, training=True))
         self.device, self.stop = device, stop
         train_list, self.val_list = lists
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-            torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True
 
         # A step is `accumulate` batches of `batch_size` images in each process.
-        self.batch_size, self.accumulate = batch_sizes(config, len(train_list))
+        self.batch_size, self.accumulate = batch_sizes(config, len(train_list) * config.repeats)
         self.step_images = self.batch_size * self.accumulate * distributed.num_processes()
-        self.steps_per_epoch = len(train_list) // self.step_images
-        self.num_steps = config.epochs * self.steps_per_epoch
+        self.steps_per_epoch = len(train_list) * config.repeats // self.step_images
         epoch_images = self.steps_per_epoch * self.step_images
         self.loader = setup.make_train_loader(config, train_list, self.batch_size, epoch_images, device.type == "cuda")
 
@@ -124,13 +139,20 @@ class Trainer:
             self.folder.load(self.state)
         self.folder.prepare()
         self.folder.write_log(self.state)
+        # Only where its minutes were over a training ends within an epoch, and still has a row for it.
+        ended_early = self.state.step < len(self.state.log) * self.steps_per_epoch
+        self.finished = len(self.state.log) >= config.epochs or ended_early
 
         self.criterion = setup.make_loss(config, model)
         self.parallel: nn.Module = model
         if distributed.num_processes() > 1:
             self.parallel = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
-        self.progress = ProgressLogger(self.folder.path, device, self.step_images, self.state.step, self.num_steps)
+        self.plan = TimePlan(
+            config.epochs * self.steps_per_epoch, self.step_images, config.minutes, self.state.elapsed, started,
+            end_images=len(self.val_list or ()), stride=1 if distributed.num_processes() == 1 else config.log_every,
+        )  # fmt: skip
+        self.progress = ProgressLogger(self.folder.path, device, self.step_images, self.state.step, self.plan)
         self.in_step = False  # whether a step has begun but not ended
         self.stopping = False  # whether all processes have agreed to stop
         self.last_save = time.monotonic()
@@ -141,17 +163,19 @@ class Trainer:
         if state.step == 0:
             self.save()
         for epoch in range(len(state.log), config.epochs):
-            if self.out_of_patience():
+            if self.finished or self.out_of_patience():
                 break
             done = state.step - epoch * self.steps_per_epoch  # more than 0 in an epoch that is resumed
             self.loader.sampler.set_epoch(epoch, start=done * self.step_images)
             set_train_mode(state.model)
+            self.plan.begin(state.step)
             batches = setup.grouped(self.loader, self.accumulate) if done < self.steps_per_epoch else []
             for step_batches in self.progress.steps(batches, state, self.steps_per_epoch, done):
                 if state.step < 3:
                     self.progress.draw_batch(step_batches[0], state.model.config.classes, state.step)
                 for group in state.optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * lr_factor(state.step, config, self.num_steps)
+                    factor = lr_factor(state.step, config, self.plan.schedule_steps(state.step))
+                    group["lr"] = group["initial_lr"] * factor
                 self.in_step = True
                 losses = self.train_step(step_batches)
                 state.ema.update(state.model, state.step)
@@ -160,10 +184,13 @@ class Trainer:
                 self.in_step = False
                 if self.log_save_or_stop(is_last=state.step == (epoch + 1) * self.steps_per_epoch):
                     return metrics
+                if self.plan.out_of_time:
+                    break
             row = {"epoch": epoch + 1, "step": state.step, "lr": state.optimizer.param_groups[-1]["lr"]}
             row |= {f"loss_{name}": mean for name, mean in state.means().items()} | self.progress.pace(state)
             detections = None
-            if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+            self.finished = epoch + 1 == config.epochs or self.plan.out_of_time
+            if (epoch + 1) % config.eval_every == 0 or self.finished:
                 self.save()
                 metrics, detections = self.evaluate(row)
             self.end_epoch(row, detections)
@@ -210,19 +237,24 @@ class Trainer:
         """
         state, alone = self.state, distributed.num_processes() == 1
         logs = state.step % self.config.log_every == 0 or is_last
+        self.plan.advance(state.step)
+        if logs or alone:  # several processes have to stop at the same step
+            agreed = distributed.broadcast((self.stop.requested, self.plan.done))
+            self.stopping, self.plan.done = agreed
+        logs = logs or self.plan.out_of_time or state.step == self.progress.begun_at + FIRST_STEPS
         due = time.monotonic() - self.last_save > 60 * self.config.save_minutes
         if logs or due or (alone and self.stop.requested):
             state.read_losses()
             state.seconds = self.progress.pace(state)["seconds"]
             self.progress.log(state)
-        if logs or alone:  # several processes have to stop at the same step
-            self.stopping = distributed.broadcast(self.stop.requested)
         if self.stopping or (due and not is_last):
             self.save()
         return self.stopping
 
     def evaluate(self, row: dict) -> tuple[dict | None, list[dict] | None]:
         """(metrics, detections) of the averaged network, None in all but the main process; adds the scores to `row`."""
+        if self.val_list is None:
+            return None, None
         model = self.state.ema.module
         distributed.copy_from_main(list(model.buffers()))  # each process has batch norm statistics of its own images
         predictor = Predictor(torch_detector(model, self.config.precision))
@@ -230,6 +262,7 @@ class Trainer:
         metrics = None if detections is None else compute_metrics(self.val_list, detections)
         if metrics:
             row |= {name: value for name, value in metrics.items() if name.startswith(("voc", "coco"))}
+            row["best_min_score"] = (metrics["best_f1"] or {}).get("min_score")
         return metrics, detections
 
     def end_epoch(self, row: dict, detections: list[dict] | None) -> None:
@@ -252,6 +285,7 @@ class Trainer:
 
     def save(self) -> bool:
         """Saves last.pth.tar; if it could not be written, it is due again in a minute."""
+        self.state.elapsed = self.plan.elapsed
         saved = self.folder.save(self.state)
         self.last_save = time.monotonic() - (0 if saved else 60 * (self.config.save_minutes - 1))
         return saved
@@ -259,8 +293,8 @@ class Trainer:
     def run(self) -> dict | None:
         """train_epochs, with failures as TrainingStopped, and a summary at the end."""
         config, state, folder, metrics = self.config, self.state, self.folder, None
-        if len(state.log) >= config.epochs and distributed.is_main():
-            print(f"nothing left to do: all {config.epochs} epochs of {folder.path} are trained")
+        if self.finished and distributed.is_main():
+            print(f"nothing left to do: all {len(state.log)} epochs of {folder.path} are trained")
         try:
             metrics = self.train_epochs()
         except (DataError, RuntimeError, *LOST_WORKER) as error:
@@ -278,12 +312,11 @@ class Trainer:
         if distributed.is_main():
             if metrics:
                 print(format_table(metrics))
-            if self.stopping and len(state.log) < config.epochs:
+            if self.stopping and not self.finished:
                 print(f"stopped after step {state.step}; continue with --name {config.name} --resume")
             elif self.out_of_patience():
                 print(f"stopped after {state.stale} evaluations without a better one; the best is {state.best:.3f}")
-            if (folder.path / BEST).exists():
-                print(setup.format_end(config, folder.path, state.best, state.log))
+            print(setup.format_end(config, folder.path, state.best, state.log))
         if not folder.saved:
             raise TrainingStopped(f"step {state.step} is not saved: make room on the disk, then --resume")
         return metrics
@@ -293,4 +326,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    main()
+    main(started=process_start())

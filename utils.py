@@ -131,6 +131,29 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
+@contextlib.contextmanager
+def fast_products(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """While the block runs, fp32 convolutions and matrix products use the fast units of the device, if `enabled`.
+
+    They multiply in tf32 on a GPU (10 bits of mantissa), in bf16 on a CPU with instructions for it (7 bits), and add in
+    fp32. CPUs without them, and versions of torch that cannot be told so, stay with fp32.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
+    parts = [getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul")]
+    if device.type != "cpu" or not enabled or not has_fast_bf16(device) or None in parts:
+        yield
+        return
+    before = [part.fp32_precision for part in parts]  # type: ignore[union-attr]
+    try:
+        for part in parts:
+            part.fp32_precision = "bf16"  # type: ignore[union-attr]
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision  # type: ignore[union-attr]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 

@@ -282,7 +282,7 @@ def variant_config(name, stage, seed, folder, epochs):
     """The TrainConfig of a run: the plain recipe with what the variant changes; of peers, what they share with it."""
     crowds = ["difficult_positive=False"] if stage == "large" else []  # COCO's are marked as difficult there
     return replace(
-        set_fields(lite(), [*TAKEN_BACK, *crowds, *changes_of(name)]), data=str(folder), cache="disk", seed=seed,
+        set_fields(lite(), [*TAKEN_BACK, *crowds, *changes_of(name)]), data=str(folder), cache="disk", seed=seed, tf32=False,
         epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
     )  # fmt: skip
 
@@ -308,7 +308,7 @@ def config_hash(config, variant):
     Only fields that differ from the defaults of the day of the first row, kept in a file, are hashed: a default that
     changes later changes hashes as any other value does, and a new field with its default value changes none.
     """
-    unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1}
+    unimportant = {"name": "", "cache": "off", "workers": 0, "save_minutes": 0.0, "log_every": 1, "tf32": True}
     defaults = as_builtins(TrainConfig()) | json.loads(DEFAULTS.read_text(encoding="utf-8"))
     values = {k: v for k, v in as_builtins(replace(config, **unimportant)).items() if v != defaults[k]}
     if peer_of(variant):

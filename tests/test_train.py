@@ -47,7 +47,7 @@ def test_a_run_from_lists_to_files(drawn, in_tmp, capsys):
     assert json.loads(Path("runs/a/config.json").read_text())["fpn_channels"] == 16
     assert {path.name for path in Path("runs/a").iterdir() if "tfevents" not in path.name} == {
         "last.pth.tar", "best.pth.tar", "config.json", "log.csv", "curves.png", "batch_0.jpg", "batch_1.jpg",
-        "batch_2.jpg", "val_001.jpg", "val_002.jpg", ".lock",
+        "batch_2.jpg", "val_001.jpg", "val_002.jpg", "val.jpg", ".lock",
     }  # fmt: skip
     rows = list(csv.DictReader(Path("runs/a/log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]

@@ -53,6 +53,7 @@ class TrainState:
     stale: int = 0  # evaluations since the best one
     sums: dict[str, float] = field(default_factory=dict)  # of the loss terms of this epoch, and how many "steps"
     seconds: float = 0.0  # that this epoch has taken so far
+    elapsed: float = 0.0  # seconds of the training at the last save, from the start of its process on
     log: list[dict] = field(default_factory=list)  # a row for each epoch
     # Not in a checkpoint: of each step since read_losses its number, the keys of its samples (epoch, index, occurrence)
     # and on the device box loss, class loss and norm of the gradient (3,); how many steps in a row fp16 skipped.
@@ -97,7 +98,7 @@ class TrainState:
             "raw_model": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in ("step", "best", "stale", "sums", "seconds", "log")},
+            **{name: getattr(self, name) for name in ("step", "best", "stale", "sums", "seconds", "elapsed", "log")},
             "torch_rng": torch.get_rng_state(),
             **cuda,
         }
@@ -114,6 +115,7 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("step", "best", "stale", "sums", "seconds", "log"):
             setattr(self, name, checkpoint[name])
+        self.elapsed = checkpoint.get("elapsed", 0.0)  # files made before there was a limit lack it
         torch.set_rng_state(checkpoint["torch_rng"])
         if "cuda_rng" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -124,17 +126,17 @@ class RunFolder:
 
     Args:
         config: of the training.
-        lists: training and evaluation list; their content is compared on --resume.
+        lists: training and evaluation list (None without evaluation); their content is compared on --resume.
         step_images: images of a step, over all processes.
     """
 
-    def __init__(self, config: TrainConfig, lists: tuple[DataList, DataList], step_images: int):
+    def __init__(self, config: TrainConfig, lists: tuple[DataList, DataList | None], step_images: int):
         self.config, self.path = config, Path("runs") / config.name
         self.list_path = lists[0].path
         self.identity = {
             "train_config": as_builtins(config),
             "content_hash": lists[0].content_hash,
-            "val_hash": lists[1].content_hash,
+            "val_hash": lists[1].content_hash if lists[1] is not None else None,
             "step_images": step_images,
             "versions": VERSIONS,
         }

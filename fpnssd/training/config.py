@@ -17,6 +17,7 @@ from fpnssd.data.augment import NO_AUGMENTATION, AugmentConfig
 from fpnssd.model_config import SCALES
 from fpnssd.training.distributed import num_processes
 from fpnssd.training.loss import BoxLoss, ClassLoss, Matching
+from model import DEFAULT_CHECKPOINT
 from utils import InputError
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ T = TypeVar("T")
 MINIMUM = {
     "epochs": 1, "batch_size": 1, "nominal_batch": 1, "eval_every": 1, "log_every": 1, "workers": 0, "seed": 0,
     "patience": 0, "save_minutes": 0, "ema_decay": 0, "cache_side": 0, "warmup_steps": 0, "weight_decay": 0,
-    "box_weight": 0,
+    "box_weight": 0, "minutes": 0, "repeats": 1,
 }  # fmt: skip
 # Fields that may differ on --resume without a note, and fields that must not: shapes, and the samples of each step.
 FREE = {
@@ -33,7 +34,7 @@ FREE = {
 }  # fmt: skip
 FIXED = {
     "backbone", "image_size", "fpn_channels", "optimizer", "nominal_batch", "seed", "frozen_stages", "batch_norm",
-    "class_balance",
+    "class_balance", "repeats",
 }  # fmt: skip
 # Flags, fields and values of earlier versions, and their replacements.
 OLD_WORDS = {
@@ -60,7 +61,7 @@ class TrainConfig:
     name: str = "voc2012"  # results go to runs/NAME
     data: str = "data/voc2012"  # folder of data lists
     train_split: str = "train"
-    val_split: str = "val"
+    val_split: str = "val"  # empty: no evaluation
     images: str = ""  # folder of the photographs, if not where the data lists say
 
     backbone: str = "resnet50"  # a timm name
@@ -74,6 +75,10 @@ class TrainConfig:
     batch_norm: Literal["frozen", "sync"] = "frozen"
 
     epochs: int = 280
+    repeats: int = 1  # how often an epoch goes through the training list: small lists have too few steps otherwise
+    # Limit for the whole training, from the start of the process to the last file written; 0: none. The schedule
+    # follows the clock (time_plan.py), so a resumed training is no longer the same as an uninterrupted one.
+    minutes: float = 0.0
     batch_size: int = 32  # images of one forward pass of a process
     nominal_batch: int = 32  # images per step, rounded to whole batches: batches are accumulated to come nearest to it
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -108,7 +113,9 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest that is safe (utils.pick_precision)
-    tf32: bool = True  # on GPUs, fp32 matrix products use tensor cores: 10 bits of mantissa
+    # fp32 convolutions and matrix products multiply in tf32 on GPUs (10 bits of mantissa), in bf16 on CPUs that have
+    # instructions for it (7 bits; a step took 0.77 of the time), and add in fp32.
+    tf32: bool = True
     compile: bool = False  # torch.compile: minutes at the start, faster steps afterwards
 
     def __post_init__(self):
@@ -164,6 +171,11 @@ def lite() -> TrainConfig:
     )  # fmt: skip
 
 
+def finetune() -> TrainConfig:
+    """From the checkpoint that ships to your own data: fpnssd/training/finetune.py chooses the rest from the data."""
+    return replace(lite(), name="finetune", weights=DEFAULT_CHECKPOINT)
+
+
 def demo() -> TrainConfig:
     """make demo: the shapes that fpnssd.data.synthetic draws, in four minutes of one core."""
     return TrainConfig(
@@ -173,7 +185,7 @@ def demo() -> TrainConfig:
     )  # fmt: skip
 
 
-PRESETS = {preset.__name__: preset for preset in (voc2012, voc2012_atss, voc0712, voc0712_atss, lite, demo)}
+PRESETS = {preset.__name__: preset for preset in (voc2012, voc2012_atss, voc0712, voc0712_atss, lite, finetune, demo)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,6 +200,7 @@ FLAGS = {  # the fields with a flag of their own, and the flag's help
     "backbone_weights": "initial weights of the backbone: imagenet, none or a file",
     "weights": "checkpoint of a detector to start from; its classes may differ",
     "epochs": "length of the training",
+    "minutes": "end after this time, evaluation included; the learning rate follows the clock",
     "batch_size": "images of one forward pass of a process; smaller ones are accumulated to the same step",
     "lr": "learning rate of all but the backbone",
     "workers": "processes that load images",
@@ -198,11 +211,12 @@ FLAGS = {  # the fields with a flag of their own, and the flag's help
 }
 
 
-def make_config(args: argparse.Namespace) -> TrainConfig:
+def make_config(args: argparse.Namespace, chosen: Iterable[str] = ()) -> TrainConfig:
     """The configuration that a command line asks for.
 
     Args:
         args: of train.parse_args: `preset`, `resume`, `set` and one attribute for each of FLAGS, None if not given.
+        chosen: "field=value" texts that change the preset; the command line goes before them.
 
     Returns:
         The preset, or with `resume` the run's own configuration, with the fields that the command line gives.
@@ -214,7 +228,7 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
         reason = OLD_WORDS.get(args.preset, f"is not one of {', '.join(PRESETS)}")
         raise InputError(f"preset {args.preset!r} {reason}")
     changes = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    config = PRESETS[args.preset]()
+    config = set_fields(PRESETS[args.preset](), chosen)
     if args.resume:
         name = set_fields(replace(config, **changes), [text for text in args.set if text.startswith("name=")]).name
         config = saved_config(name) or config

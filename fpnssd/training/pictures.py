@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
+from torchvision.ops import box_iou
 
 from fpnssd.data.data_list import DataList, evenly_spaced
 from fpnssd.inference.detector import Detections
@@ -16,22 +17,63 @@ from utils import InputError, atomic_write
 
 VAL_IMAGES = 8
 VAL_MIN_SCORE = 0.25  # lower than in detect.py: detections appear earlier in the training
+SHEET_IMAGES = 48  # of val.jpg
 
 
-def draw_detections(data_list: DataList, detections: list[dict[str, torch.Tensor]], side: int = 300) -> Image.Image:
-    """VAL_IMAGES images of a list, evenly spaced, with their detections; `side` is that of one, in pixels."""
-    rows = evenly_spaced(len(data_list), VAL_IMAGES)
-    grid = Image.new("RGB", (4 * side, math.ceil(len(rows) / 4) * side))
+def draw_detections(
+    data_list: DataList,
+    detections: list[dict[str, torch.Tensor]],
+    min_score: float = VAL_MIN_SCORE,
+    count: int = VAL_IMAGES,
+    columns: int = 4,
+    side: int = 300,
+) -> Image.Image:
+    """Images of a list, evenly spaced, with their detections, and in white the objects that are missed.
+
+    Args:
+        data_list: the images and their objects.
+        detections: of all its images.
+        min_score: score threshold.
+        count: most images.
+        columns: of the grid.
+        side: of one image in it, in pixels.
+    """
+    rows = evenly_spaced(len(data_list), count)
+    grid = Image.new("RGB", (columns * side, math.ceil(len(rows) / columns) * side))
     for place, index in enumerate(rows):
-        kept = above_score(detections[index]["scores"], VAL_MIN_SCORE)
+        kept = above_score(detections[index]["scores"], min_score)
         boxes, scores, labels = (detections[index][name][kept] for name in ("boxes", "scores", "labels"))
         height, width = data_list.sizes[index].tolist()
-        boxes = boxes * side / torch.tensor([width, height, width, height])
+        scale = side / torch.tensor([width, height, width, height])
+        missed = missed_objects(data_list, index, boxes, labels) * scale
+        boxes = boxes * scale
         names = [data_list.classes[label - 1] for label in labels.tolist()]
         image = data_list.read_image(index).resize((side, side))
         picture = annotate(image, Detections(boxes, scores, labels, names, (side, side)))
-        grid.paste(picture, (place % 4 * side, place // 4 * side))
+        draw = ImageDraw.Draw(picture)
+        for box in missed.tolist():
+            draw.rectangle(box, outline="black", width=4)
+            draw.rectangle(box, outline="white", width=2)
+        grid.paste(picture, (place % columns * side, place // columns * side))
     return grid
+
+
+def missed_objects(data_list: DataList, index: int, boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The objects of an image that no detection of their class overlaps with an IoU of 0.5.
+
+    Args:
+        data_list, index: the image.
+        boxes: (m, 4) of its detections, xyxy in pixels.
+        labels: (m,)
+
+    Returns:
+        (n, 4) xyxy in pixels, without difficult objects and crowds.
+    """
+    target = data_list.target(index)
+    wanted = torch.from_numpy(~(target["difficult"] | target["crowd"]))
+    objects, classes = torch.from_numpy(target["boxes"])[wanted], torch.from_numpy(target["labels"])[wanted]
+    overlaps = (box_iou(objects, boxes.float()) >= 0.5) & (classes[:, None] == labels)
+    return objects[~overlaps.any(dim=1)]
 
 
 def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -16,7 +16,8 @@ from fpnssd.data.data_list import DataList
 from fpnssd.training.checkpoints import TrainState, try_to_save
 from fpnssd.training.cpu_memory import memory_in_use
 from fpnssd.training.distributed import is_main
-from fpnssd.training.pictures import draw_curves, draw_detections
+from fpnssd.training.pictures import SHEET_IMAGES, draw_curves, draw_detections
+from fpnssd.training.time_plan import TimePlan
 
 LINE_SECONDS = 30  # between lines where there is no terminal
 
@@ -28,11 +29,13 @@ class ProgressLogger:
         folder: runs/NAME.
         device: where the network is.
         step_images: images of a step, over all processes.
-        step, num_steps: steps done, and of the whole training.
+        step: steps done.
+        plan: of the training.
     """
 
-    def __init__(self, folder: Path, device: torch.device, step_images: int, step: int, num_steps: int):
-        self.folder, self.device, self.step_images, self.num_steps = folder, device, step_images, num_steps
+    def __init__(self, folder: Path, device: torch.device, step_images: int, step: int, plan: TimePlan):
+        self.folder, self.device, self.step_images, self.begun_at, self.plan = folder, device, step_images, step, plan
+        self.estimated = False  # whether the length of the training was printed
         self.last_line = time.perf_counter()
         self.board = None
         if is_main() and importlib.util.find_spec("tensorboard"):
@@ -76,7 +79,7 @@ class ProgressLogger:
         if not is_main():
             return
         losses, pace = state.means(), self.pace(state)
-        left = (self.num_steps - state.step) * self.step_images / max(pace["images_per_s"], 1e-9)
+        left = self.plan.seconds_left(state.step)
         shown = {name: f"{value:.3f}" for name, value in losses.items()} | {
             "images/s": f"{pace['images_per_s']:.1f}",
             "waiting": f"{pace['share_waiting']:.0%}",
@@ -89,7 +92,10 @@ class ProgressLogger:
         if self.bar.disable and time.perf_counter() - self.last_line > LINE_SECONDS:
             self.last_line = time.perf_counter()
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {state.step}/{self.num_steps}: {text}", flush=True)
+            print(f"step {state.step}{self.plan.format_total()}: {text}", flush=True)
+        if not self.estimated:
+            self.estimated = True
+            tqdm.write(self.plan.format_estimate(state.step))
         values = {f"loss/{name}": value for name, value in losses.items()}
         values["lr"] = state.optimizer.param_groups[-1]["lr"]
         self._add_scalars(values | {name: pace[name] for name in ("images_per_s", "share_waiting")}, state.step)
@@ -100,11 +106,17 @@ class ProgressLogger:
             self._add_picture("batch", f"batch_{step}.jpg", draw_batch(batch, classes), step)
 
     def log_evaluation(self, row: dict, data_list: DataList, detections: list[dict[str, torch.Tensor]]) -> None:
-        """curves.png of log.csv, val_EPOCH.jpg with the detections of the same images each time, and the scores."""
+        """curves.png of log.csv, val_EPOCH.jpg of the same images each time, val.jpg of many more, and the scores.
+
+        Both pictures have detections and missed objects; val.jpg those at the score threshold of the highest F1.
+        """
         path = self.folder / "curves.png"
         try_to_save(path, lambda: draw_curves(self.folder / "log.csv", path))
         if len(data_list):
             self._add_picture("val", f"val_{row['epoch']:03}.jpg", draw_detections(data_list, detections), row["step"])
+            if row["best_min_score"] is not None:
+                sheet = draw_detections(data_list, detections, row["best_min_score"], SHEET_IMAGES, columns=6)
+                try_to_save(self.folder / "val.jpg", lambda: sheet.save(self.folder / "val.jpg"))
         scores = {name: value for name, value in row.items() if name.startswith(("voc", "coco")) and value is not None}
         self._add_scalars({f"val/{name}": value for name, value in scores.items()}, row["step"])
 

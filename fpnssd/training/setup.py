@@ -16,25 +16,27 @@ from fpnssd.data.pixel_cache import PixelCache
 from fpnssd.evaluation.predict import check_same_classes
 from fpnssd.model_config import ModelConfig, ssd_prior_shapes
 from fpnssd.training import distributed
-from fpnssd.training.checkpoints import BEST
+from fpnssd.training.checkpoints import BEST, LAST
 from fpnssd.training.config import PRESETS, TrainConfig, scaled_lr
 from fpnssd.training.loss import MultiBoxLoss
 from fpnssd.training.optim import load_weights
 from model import FPNSSD, load_checkpoint
+from utils import has_fast_bf16
 
-Lists = tuple[DataList, DataList]  # training and evaluation list
+Lists = tuple[DataList, DataList | None]  # training and evaluation list, None without evaluation
 
 
 def load_lists(config: TrainConfig) -> Lists:
-    """The training list and the evaluation list.
+    """The training list and the evaluation list; None for that if config.val_split is empty.
 
     Raises:
         DataError: if their classes differ, or the training list has too few images or no objects.
     """
     data, images = Path(config.data), config.images or None
     train_list = DataList.load(data / f"{config.train_split}.json", images)
-    val_list = DataList.load(data / f"{config.val_split}.json", images)
-    check_same_classes(train_list.classes, val_list, train_list.path)
+    val_list = DataList.load(data / f"{config.val_split}.json", images) if config.val_split else None
+    if val_list is not None:
+        check_same_classes(train_list.classes, val_list, train_list.path)
     if len(train_list) < distributed.num_processes():
         raise DataError(f"{train_list.path} has {len(train_list)} images, too few to train on")
     if train_list.crowd.all():
@@ -52,7 +54,7 @@ def make_train_loader(
     dataset = DetectionDataset(train_list, config.image_size, config.augment, config.seed, cache, config.epochs)
     weights = balanced_weights(train_list, config.class_balance) if config.class_balance else None
     rank, count = distributed.rank(), distributed.num_processes()
-    sampler = EpochSampler(len(dataset), config.seed, weights, rank, count, limit=epoch_images)
+    sampler = EpochSampler(len(dataset), config.seed, weights, rank, count, epoch_images, config.repeats)
     return make_loader(dataset, batch_size, sampler, config.workers, pin_memory)
 
 
@@ -98,18 +100,23 @@ def format_settings(
     """
     count, step_images = distributed.num_processes(), math.prod(sizes) * distributed.num_processes()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    tf32 = " with tf32" if device.type == "cuda" and config.tf32 else ""
+    fast = "tf32" if device.type == "cuda" else "bf16" if has_fast_bf16(device) else ""
+    products = f" with {fast} products" if config.tf32 and config.precision == "fp32" and fast else ""
+    num_val = "none" if lists[1] is None else len(lists[1])
+    epochs = f"{config.epochs} epochs" if not config.minutes else f"{config.minutes:g} minutes, epochs"
     lines = [
         f"runs/{config.name}: {config.backbone}, {num_parameters / 1e6:.1f} M parameters, {len(lists[0])} images for "
-        f"training, {len(lists[1])} for evaluation, {len(lists[0].classes)} classes; {count} x {device.type}, "
-        f"{config.precision}{tf32}",
-        f"{config.epochs} epochs of {len(lists[0]) // step_images} steps of {step_images} images ({sizes[0]} x {count} "
-        f"processes x {sizes[1]} accumulated), lr {scaled_lr(config, step_images):g} (lr {config.lr:g}, defined for "
-        f"{config.nominal_batch} images per step)",
+        f"training, {num_val} for evaluation, {len(lists[0].classes)} classes; {count} x {device.type}, "
+        f"{config.precision}{products}",
+        f"{epochs} of {len(lists[0]) * config.repeats // step_images} steps of {step_images} images ({sizes[0]} x "
+        f"{count} processes x {sizes[1]} accumulated), lr {scaled_lr(config, step_images):g} (lr {config.lr:g}, "
+        f"defined for {config.nominal_batch} images per step)",
         *_changed_fields(config),
     ]
     augment = config.augment
-    if (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
+    if config.minutes and (augment.mosaic or augment.copy_paste) and augment.close_epochs:
+        lines.append("note: mosaic and copy-paste stay on to the end: close_epochs counts from the last of --epochs")
+    elif (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
         lines.append(
             f"note: no mosaic and no copy-paste: the last {augment.close_epochs} epochs (close_epochs) have none"
         )
@@ -139,14 +146,18 @@ def _flat(values: dict) -> dict:
 
 
 def format_end(config: TrainConfig, folder: Path, best: float | None, log: list[dict]) -> str:
-    """The checkpoint of the best evaluation, and commands that use it."""
+    """The checkpoint of the best evaluation, or the last one, and commands that use it."""
     path = folder / BEST
-    epoch = next((row["epoch"] for row in log if best is not None and row.get("voc2007_ap50") == best), None)
-    score = f" (epoch {epoch}, AP50 {100 * best:.1f})" if epoch is not None else ""
+    if not path.exists():
+        return f"next: python detect.py FOLDER --checkpoint {folder / LAST}"
+    row = next((row for row in log if best is not None and row.get("voc2007_ap50") == best), {})
+    score = f" (epoch {row['epoch']}, AP50 {100 * best:.1f})" if row and best is not None else ""
+    threshold = row.get("best_min_score")  # the score threshold of the highest F1
+    threshold = f" --min-score {threshold:.2f}" if threshold is not None else ""
     split = "" if config.val_split == "val" else f" --split {config.val_split}"
     return (
         f"best: {path}{score}\nnext: python eval.py {path} --data {config.data}{split} --report report.html\n"
-        f"      python detect.py FOLDER --checkpoint {path}"
+        f"      python detect.py FOLDER --checkpoint {path}{threshold}"
     )
 
 

@@ -1,0 +1,151 @@
+"""What `train.py --preset finetune` chooses from the data: a field, its value and the reason for each.
+
+The reasons name what was measured: docs/training.md has the table, experiments/own_data.csv the rows.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou
+
+from datasets import balanced_weights
+from fpnssd.data.data_list import DataList
+from fpnssd.model_config import ModelConfig, ssd_prior_shapes
+from fpnssd.training.config import TrainConfig
+from fpnssd.training.optim import backbone_stages
+from fpnssd.training.setup import load_lists
+from model import load_checkpoint, priors_of
+from utils import InputError
+
+EPOCH_IMAGES = 320  # smaller lists are repeated to so many in an epoch: each ends with a checkpoint of 100 MB
+IMAGES_SEEN = 9600  # by a training without a limit of time
+MANY_EPOCHS = 100_000  # more than any number of minutes has room for
+UNBALANCED = 3.0  # how many times as many images the commonest class has as the rarest
+SMALLER_SCALES = (0.06, 0.14, 0.28, 0.44, 0.6, 0.76, 0.9)
+FEW_MATCHED = 0.75  # share of the objects that have a prior with an IoU of 0.5
+TINY_SIDE, MANY_TINY, LARGER_SIZE = 16.0, 0.25, 384  # pixels; share of the objects; pixels
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of TrainConfig, the value chosen for it, and why."""
+
+    field: str
+    value: Any
+    reason: str
+
+    @property
+    def assignment(self) -> str:
+        """As --set takes it."""
+        return f"{self.field}={self.value}"
+
+
+def choose(configure: Callable[[Iterable[str]], TrainConfig]) -> list[Choice]:
+    """All that the preset chooses, in the order in which it is chosen.
+
+    Args:
+        configure: makes the configuration of the preset, "field=value" texts, and the command line, which goes before
+            these.
+
+    Raises:
+        InputError: if the lists or the checkpoint config.weights cannot be used.
+    """
+    config, choices = configure([]), []
+    if config.val_split and not (Path(config.data) / f"{config.val_split}.json").is_file():
+        choices.append(Choice("val_split", "", f"no list {config.val_split}.json: the last weights, not evaluated"))
+        config = replace(config, val_split="")
+    train_list, _ = load_lists(config)
+    if config.weights:
+        choices += follow_checkpoint(config)
+    for rule in (choose_length, choose_balance, choose_priors, choose_image_size):
+        choices += rule(train_list, configure([choice.assignment for choice in choices]))
+    return list({choice.field: choice for choice in choices}.values())  # a later one replaces an earlier one
+
+
+def follow_checkpoint(config: TrainConfig) -> list[Choice]:
+    """The shapes of the detector that is fine-tuned, and how many of its stages stay frozen."""
+    model = load_checkpoint(config.weights)["model"]
+    scales = tuple(shapes[0][0] for shapes in model.config.prior_shapes)
+    if ssd_prior_shapes(scales) != model.config.prior_shapes:
+        raise InputError(f"{config.weights} has other priors than SSD's: --preset lite --weights takes what fits of it")
+    reason = "of the checkpoint"
+    choices = [Choice(name, getattr(model.config, name), reason) for name in ("backbone", "image_size", "fpn_channels")]
+    choices.append(Choice("scales", scales, reason))
+    frozen = (len(backbone_stages(model.backbone)) - 1) // 2
+    return [*choices, Choice("frozen_stages", frozen, "stages up to C3; see docs/training.md")]
+
+
+def choose_length(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """Samples of an epoch, epochs, and evaluations."""
+    images = len(train_list)
+    repeats = math.ceil(EPOCH_IMAGES / images)
+    epochs, reason = math.ceil(IMAGES_SEEN / (images * repeats)), f"{IMAGES_SEEN} samples in all"
+    eval_every, often = math.ceil(epochs / 4), "four times"
+    if config.minutes:
+        epochs = eval_every = MANY_EPOCHS
+        reason, often = f"until {config.minutes:g} minutes are over", "at the end"
+    return [
+        Choice("repeats", repeats, f"{images} photographs: {images * repeats} samples in an epoch"),
+        Choice("epochs", epochs, reason),
+        Choice("eval_every", eval_every, often),
+    ]
+
+
+def choose_balance(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """How much more often photographs of rare classes are drawn."""
+    weights = balanced_weights(train_list, 1.0)
+    ratio = weights.max() / weights.min()
+    reason = f"the commonest class is in {ratio:.1f} times as many photographs as the rarest"
+    return [Choice("class_balance", 0.5 if ratio >= UNBALANCED else 0.0, reason)]
+
+
+def choose_priors(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """Smaller priors where few objects match one."""
+    matched = share_matched(normalised_boxes(train_list), config)
+    if matched >= FEW_MATCHED:
+        return []
+    usual = str(config.scales).replace(" ", "")
+    reason = f"{matched:.0%} of the objects have a prior with an IoU of 0.5; --set 'scales={usual}' keeps the usual"
+    return [Choice("scales", SMALLER_SCALES, reason)]
+
+
+def choose_image_size(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """Larger images where many objects are tiny."""
+    boxes = normalised_boxes(train_list)
+    sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)) * config.image_size
+    tiny, cost = float((sides < TINY_SIDE).mean()), (LARGER_SIZE / config.image_size) ** 2
+    if tiny <= MANY_TINY or cost <= 1:
+        return []
+    reason = f"{tiny:.0%} of the objects are under {TINY_SIDE:g} px at {config.image_size}; a step takes {cost:.1f} x"
+    return [Choice("image_size", LARGER_SIZE, reason)]
+
+
+def normalised_boxes(data_list: DataList) -> np.ndarray:
+    """(n, 4) float32, xyxy in 0..1 of the image: the objects of a list but crowds."""
+    heights, widths = data_list.sizes[data_list.object_images].T
+    boxes = data_list.boxes / np.stack([widths, heights, widths, heights], axis=1)
+    return boxes[~data_list.crowd].astype(np.float32)
+
+
+def share_matched(boxes: np.ndarray, config: TrainConfig) -> float:
+    """The share of boxes (n, 4), xyxy in 0..1, that some prior of the network overlaps with an IoU of 0.5 or more."""
+    shape = ModelConfig(("a",), config.backbone, config.image_size, 16, prior_shapes=ssd_prior_shapes(config.scales))
+    priors = box_convert(priors_of(shape), "cxcywh", "xyxy")
+    best = [box_iou(part, priors).amax(dim=1) for part in torch.from_numpy(boxes).split(256)]
+    return float((torch.cat(best) >= 0.5).float().mean())
+
+
+def format_choices(choices: list[Choice], config: TrainConfig) -> str:
+    """The choices as a table, with the values that the configuration has: the command line may give others."""
+    rows = []
+    for choice in choices:
+        value = getattr(config, choice.field)
+        reason = choice.reason if value == choice.value else f"given, in place of {choice.value}"
+        rows.append((choice.field, str(value) or "none", reason))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {reason}" for name, value, reason in rows)
