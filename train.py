@@ -279,7 +279,7 @@ class Trainer:
         self.save()
         self.folder.write_log(state)
         if distributed.is_main():
-            print(setup.format_epoch(row, self.config.epochs), flush=True)
+            print(setup.format_epoch(row, None if self.config.minutes else self.config.epochs), flush=True)
             if detections is not None:
                 self.progress.log_evaluation(row, self.val_list, detections)
 

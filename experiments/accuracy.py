@@ -282,8 +282,8 @@ def variant_config(name, stage, seed, folder, epochs):
     """The TrainConfig of a run: the plain recipe with what the variant changes; of peers, what they share with it."""
     crowds = ["difficult_positive=False"] if stage == "large" else []  # COCO's are marked as difficult there
     return replace(
-        set_fields(lite(), [*TAKEN_BACK, *crowds, *changes_of(name)]), data=str(folder), cache="disk", seed=seed, tf32=False,
-        epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
+        set_fields(lite(), [*TAKEN_BACK, *crowds, *changes_of(name)]), data=str(folder), cache="disk", seed=seed,
+        tf32=False, epochs=epochs, eval_every=epochs, name=f"accuracy_{stage}_{name}_{seed}_{epochs}",
     )  # fmt: skip
 
 

@@ -88,6 +88,14 @@ def test_weighted_sampling_keeps_its_shares():
     np.testing.assert_allclose(counts / counts.sum(), weights / 8, atol=0.02)
 
 
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 1.0, 2.0, 4.0])])
+def test_an_epoch_of_several_passes(weights):
+    keys = list(EpochSampler(4, seed=1, weights=weights, repeats=4))
+    expected = [4, 4, 4, 4] if weights is None else [2, 2, 4, 8]
+    assert sorted(keys) == [(0, index, n) for index, count in enumerate(expected) for n in range(count)]
+    assert keys != sorted(keys)
+
+
 def test_balanced_weights_by_hand(tmp_path):
     """Four images; class 1 is on three of them, class 2 on one, which weighs by its rarest; one has no object."""
     images = [{"id": i, "file_name": f"{i}", "width": 10, "height": 20} for i in range(5)]

@@ -97,7 +97,10 @@ def test_a_configuration_is_checked_when_it_is_made():
         (["--set", "class_loss=hinge"], "class_loss 'hinge' is not one of ohem, focal, quality"),
         (["--name", "../x"], "plain folder name"),
         (["--preset", "voc280"], "preset 'voc280' is called voc2012 now"),
-        (["--preset", "coco"], "preset 'coco' is not one of voc2012, voc2012_atss, voc0712, voc0712_atss, lite, demo"),
+        (
+            ["--preset", "coco"],
+            "preset 'coco' is not one of voc2012, voc2012_atss, voc0712, voc0712_atss, lite, finetune, demo",
+        ),
         (["--trunk", "resnet18"], "--trunk is called backbone now"),
         (["--trunk-weights=none"], "--trunk-weights is called backbone_weights now"),
         (["--set", "trunk_lr_scale=0.1"], "trunk_lr_scale is called backbone_lr_scale now"),

@@ -128,7 +128,7 @@ def test_the_share_never_falls():
 
 def test_what_is_printed():
     clock = Clock()
-    plan = TimePlan(600, 16, clock=clock)
+    plan = TimePlan(600, 16, end_images=20, clock=clock)
     plan.begin(0)
     for step in range(1, 6):
         clock.now += 2.0
@@ -136,7 +136,7 @@ def test_what_is_printed():
     assert plan.format_estimate(5).startswith("about 20 min from here at 2.00 s for a step of 16 images")
     assert plan.format_total() == "/600"
     plan.limit = 600
-    assert plan.format_estimate(5) == "about 296 steps in 10 min at 2.00 s for a step of 16 images"
+    assert plan.format_estimate(5) == "about 295 steps in 10 min at 2.00 s for a step of 16 images"
 
 
 def test_the_start_of_this_process_is_before_now():

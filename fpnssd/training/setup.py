@@ -161,10 +161,11 @@ def format_end(config: TrainConfig, folder: Path, best: float | None, log: list[
     )
 
 
-def format_epoch(row: dict, epochs: int) -> str:
-    """One line on an epoch's row of the log."""
+def format_epoch(row: dict, epochs: int | None) -> str:
+    """One line on an epoch's row of the log; epochs: of the training, None where a limit of time decides."""
     losses = [f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
-    text = f"epoch {row['epoch']}/{epochs}: {', '.join(losses)}, {row['images_per_s']:.1f} images/s, "
+    of = f"/{epochs}" if epochs is not None else ""
+    text = f"epoch {row['epoch']}{of}: {', '.join(losses)}, {row['images_per_s']:.1f} images/s, "
     text += f"{row['share_waiting']:.0%} of the time waiting for data"
     if "voc2007_ap50" in row:
         scores = {name: row[name] for name in ("voc2007_ap50", "voc2010_ap50", "coco_ap", "coco_ap50")}

@@ -10,7 +10,7 @@ from pathlib import Path
 # Steps that the pace is taken from. A GPU is waited for every log_every (20) steps only, so fewer would mislead there.
 RECENT = 20
 # What evaluation and files after the last step take, in the time of a training step for one image (2 cores of an Intel
-# Xeon, lite, 72 images: 8 s where a training image takes 0.14 s).
+# Xeon, lite, 72 images: 8 s where a training image takes 0.14 s). Without evaluation it is the END_SECONDS alone.
 END_IMAGES, EVALUATED_IMAGE, END_SECONDS = 40, 0.5, 3.0
 
 
@@ -39,7 +39,7 @@ class TimePlan:
         minutes: limit, from the start of the process to the last file written; 0 for none.
         used: seconds that the training took before a resume.
         started: clock() at the start of the process; None for now.
-        end_images: images of the evaluation after the last step.
+        end_images: images of the evaluation after the last step; 0 for none.
         stride: steps between two calls of `advance`.
         clock: in seconds.
 
@@ -100,7 +100,7 @@ class TimePlan:
     @property
     def end_seconds(self) -> float:
         """An estimate, at the recent pace, of what the evaluation and the files after the last step will take."""
-        images = END_IMAGES + EVALUATED_IMAGE * self.end_images
+        images = END_IMAGES + EVALUATED_IMAGE * self.end_images if self.end_images else 0
         return END_SECONDS + images * self.step_seconds / self.step_images
 
     def schedule_steps(self, step: int) -> float:
