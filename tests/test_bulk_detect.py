@@ -1,8 +1,10 @@
 """bulk_detect.py: what detect.py finds, each picture once, whatever ends on the way."""
 
+import contextlib
 import io
 import json
 import os
+import signal
 
 import pytest
 from PIL import Image
@@ -19,7 +21,7 @@ from utils import InputError
 try:
     import pyarrow as pa
     import ray  # noqa: F401
-    from pyarrow import parquet
+    from pyarrow import fs, parquet
 except ImportError as error:
     if os.environ.get("CI"):  # make test installs them
         raise
@@ -283,6 +285,94 @@ def test_bad_arguments_end_before_ray_starts(in_archive, arguments, words, monke
         bulk_detect.main(["--images", "pictures", "--checkpoint", "sure.pth.tar", *arguments])
     assert str(end.value).startswith("bulk_detect: ")
     assert words in str(end.value)
+
+
+def die_with_the_first_rows(monkeypatch):
+    monkeypatch.setattr(ResultFolder, "add", lambda self, rows: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def die_in_the_second_part(monkeypatch):
+    write_table, parts = parquet.write_table, []
+
+    def write(rows, path):
+        write_table(rows, path)
+        parts.append(path)
+        if len(parts) == 2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(parquet, "write_table", write)
+
+
+def die_after_a_part(monkeypatch):
+    write_part = ResultFolder.write
+
+    def write(self):
+        write_part(self)
+        if self.written:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ResultFolder, "write", write)
+
+
+def test_a_killed_command_goes_on(in_archive, tmp_path, monkeypatch, capsys):
+    """Killed at three moments, one after the other; a worker in the command's own process stands for those of Ray."""
+
+    def detections(left, block_rows, workers, args):
+        worker = a_worker(batch_size=1)
+        for start in range(0, len(left), 4):
+            yield worker(block(left.slice(start, 4).to_pylist()))
+
+    expected, failures = detected(capsys, "pictures", "--min-score", "0.4", batch_size=1)
+    monkeypatch.setattr(bulk_detect, "detections", detections)
+    monkeypatch.setattr(bulk_detect, "ray_session", lambda args: contextlib.nullcontext(1))
+    monkeypatch.setattr(bulk, "PART_ROWS", 4)
+    arguments = ["--images", "pictures", "--out", str(tmp_path), "--checkpoint", "sure.pth.tar"]
+    for die, torn, rows in ((die_with_the_first_rows, 0, 0), (die_in_the_second_part, 1, 4), (die_after_a_part, 0, 8)):
+        if not (child := os.fork()):
+            die(monkeypatch)
+            bulk_detect.main(arguments)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert len(list(tmp_path.glob(".part-*"))) == torn
+        assert len(parquet.read_table(tmp_path) if rows else []) == rows  # whole files alone
+    bulk_detect.main(arguments)
+    assert f"{tmp_path}: 14 pictures (6 of them now" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
+    rows = parquet.read_table(tmp_path).to_pylist()
+    assert len(rows) == 14
+    assert_same(rows, expected, failures)
+
+
+@pytest.mark.long
+def test_an_object_store(in_archive, monkeypatch, capsys):
+    """Pictures and result in a bucket of a local server."""
+    server = pytest.importorskip("moto.server", reason="pip install 'moto[s3]' flask flask-cors")
+    store = server.ThreadedMotoServer(port=0, verbose=False)
+    store.start()
+    try:
+        host, port = store.get_host_and_port()
+        for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("REGION", "us-east-1"),
+                            ("ACCESS_KEY_ID", "nobody"), ("SECRET_ACCESS_KEY", "nothing")):  # fmt: skip
+            monkeypatch.setenv(f"AWS_{name}", value)
+        bucket = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
+        bucket.create_dir("archive")
+        fs.copy_files("pictures", "archive/pictures", source_filesystem=fs.LocalFileSystem(),
+                      destination_filesystem=bucket)  # fmt: skip
+        addresses = list(list_addresses(["s3://archive/pictures"]))
+        assert len(addresses) == 14
+        for left, number in ((addresses, 10), (addresses[10:], 4)):
+            with ResultFolder("s3://archive/found", SETTINGS) as result:
+                assert result.left(addresses).to_pylist() == left
+                result.add(a_worker(batch_size=1)(block(left[:number])))
+                result.write()
+        rows = parquet.read_table("archive/found", filesystem=bucket).to_pylist()
+        assert len(rows) == 14
+        expected, failures = detected(capsys, "pictures", "--min-score", "0.4", batch_size=1)
+        here = {f"s3://archive/{path}": row for path, row in expected.items()}
+        assert_same(rows, here, {text.replace("pictures/", "s3://archive/pictures/") for text in failures})
+    finally:
+        store.stop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
