@@ -9,7 +9,7 @@
 
 Every annotation is parsed and every image decoded. Boxes that leave the image are clipped to it; boxes, objects and
 images that cannot be used are left out; all are counted in a table and named in OUT/check.json; OUT/check.png shows
-classes, box sizes and aspects beside the priors. No list is made for a split without objects (unless --unlabelled), or
+box sizes and aspects beside the priors. No list is made for a split without objects (unless --unlabelled), or
 of one that loses more than half of its objects (unless --allow-loss); --strict makes none if anything was
 left out or changed.
 
@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from fpnssd.data.checks import (
 from fpnssd.data.coco import read_coco
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
-from fpnssd.data.split import VAL_SHARE, divide_results, undivided
+from fpnssd.data.split import VAL_SHARE, divide_results, split_to_divide
 from fpnssd.data.threads import map_in_threads
 from fpnssd.data.voc import DOWNLOADS, VOC_CLASSES, download_voc, find_voc_splits, read_voc
 from fpnssd.data.yolo import find_yolo_splits, read_yolo
@@ -56,9 +55,8 @@ from utils import InputError, check_outputs, escape_unprintable, whole_number, w
 class Classes:
     """The classes of the lists."""
 
-    names: tuple[str, ...]  # in label order
-    ids: tuple[int, ...]  # their category ids
-    sources: dict[str, str]  # name in the annotations -> one of names; objects of other names are left out
+    ids: dict[str, int]  # name -> category id, in label order
+    sources: dict[str, str]  # name in the annotations -> name in the lists; objects of other names are left out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found, known = read_coco(args.coco, names, args.images)
         else:
             found, known = read_yolo(args.yolo, names, args.unlabelled)
-        options = {"unlabelled": args.unlabelled, "allow_loss": args.allow_loss}
-        options |= {"val_share": val_share, "seed": args.seed}
-        create_data_lists(found, Path(args.out), known, args.classes, args.strict, args.image_size, **options)
+        options = {name: getattr(args, name) for name in ("strict", "image_size", "unlabelled", "allow_loss", "seed")}
+        create_data_lists(found, Path(args.out), known, args.classes, val_share=val_share, **options)
     except (InputError, OSError) as error:
         sys.exit(f"create_data_lists: {error}")
 
@@ -144,7 +141,7 @@ def choose_splits(args: argparse.Namespace) -> tuple[list[str], float | None]:
         there = {"train", "val"} if len(args.coco) > 1 else set()
     else:
         there = find_yolo_splits(args.yolo) if args.yolo else find_voc_splits(args.voc)
-    if (name := undivided(there)) is None:
+    if (name := split_to_divide(there)) is None:
         if args.val_share is not None:
             raise InputError(f"--val-share: say with --splits which of {', '.join(sorted(there))} is to be divided")
         return ["train", "val"], None
@@ -208,20 +205,13 @@ def create_data_lists(
         problems = [problem for split in splits for problem in split.problems]
         raise DataError(f"no image can be used ({len(problems)} problems): {problems[0].kind}: {problems[0].where}")
     classes = choose_classes(splits, known, class_file, unlabelled)
-    splits = finish_splits(splits, classes.names, classes.sources)
-    report = describe_splits(splits, classes.names, image_size)
+    splits = finish_splits(splits, tuple(classes.ids), classes.sources)
+    report = describe_splits(splits, tuple(classes.ids), image_size)
     print(format_report(report))
     write_report(report, out, picture)
-    shown = f"; {out / 'check.png'} shows sizes and aspects" if picture else ""
-    print(f"{out / 'check.json'} names every problem{shown}")
-    empty = [split.name for split in splits if not split.images]
-    if empty:
-        raise DataError(f"no usable image in {', '.join(empty)}: no list was written")
+    print(f"{out / 'check.json'} names every problem")
     for split in splits:
-        check_losses(split, unlabelled, allow_loss)
-        check_units(split)
-    if strict:
-        check_nothing_changed(report)
+        check_split(split, unlabelled, allow_loss, strict)
     lists = {out / f"{split.name}.json": to_coco(split, classes, out) for split in splits}
     for path, content in lists.items():
         DataList.from_coco(path, content)  # raises where train.py could not read the list
@@ -231,51 +221,41 @@ def create_data_lists(
     return report
 
 
-def check_nothing_changed(report: Report) -> None:
-    """--strict: DataError if anything was left out or changed."""
-    serious: Counter[str] = Counter()
-    for row in report["problems"]:
-        if row["kind"] not in NOTED:
-            serious[row["kind"]] += row["count"]
-    if serious:
-        counts = "; ".join(f"{count} x {kind}" for kind, count in serious.most_common())
-        raise DataError(f"--strict: {counts}. No list was written")
-
-
-def check_losses(split: Split, unlabelled: bool = False, allow_loss: bool = False) -> None:
+def check_split(split: Split, unlabelled: bool, allow_loss: bool, strict: bool) -> None:
     """Refuses a split from which a network would learn little but background.
 
     Raises:
-        DataError: it has no objects and is not `unlabelled`, or lost more than half of its objects, or more than half
-            of its annotations cannot be read, and `allow_loss` is not set. The message names the commonest reasons.
+        DataError: it has no image; it has no objects and is not `unlabelled`; it lost more than half of its objects, or
+            more than half of its annotations cannot be read, and `allow_loss` is not set; no box is larger than a
+            pixel, so that its numbers must be of another unit; or `strict` is set and anything was left out or changed.
     """
+    if not split.images:
+        raise DataError(f"no usable image in {split.name}: no list was written")
     kinds = Counter(problem.kind for problem in split.problems)
-    kept = sum(len(image.objects) for image in split.images)
-    crowds = sum(one.crowd for image in split.images for one in image.objects)
+    objects = [one for image in split.images for one in image.objects]
     # Objects of classes that were not chosen are no loss, nor are second copies of an object.
     wanted = split.annotated - kinds["class that was not chosen"] - kinds["object twice"]
-    if kept == crowds and not unlabelled:
-        but = f" but {crowds} crowds, which teach nothing" if crowds else ""
+    if all(one.crowd for one in objects) and not unlabelled:
+        but = f" but {len(objects)} crowds, which teach nothing" if objects else ""
         raise DataError(
             f"{split.name} has no objects{but} ({split.annotated} were annotated), so no list was written"
             f"{reasons(split)}. If its images are meant to have none, pass --unlabelled"
         )
-    for what, lost, total in (("objects", wanted - kept, wanted), ("annotations", split.unread, split.given)):
+    for what, lost, total in (("objects", wanted - len(objects), wanted), ("annotations", split.unread, split.given)):
         if lost > total / 2 and not allow_loss:
             raise DataError(
                 f"{split.name} would lose {lost} of its {total} {what}, so no list was written{reasons(split)}. "
                 "If that is right, pass --allow-loss"
             )
-
-
-def check_units(split: Split) -> None:
-    """Raises a DataError where no box of a split is larger than a pixel: its numbers must be of another unit."""
-    boxes = [one.box for image in split.images for one in image.objects]
-    if boxes and all(max(x1 - x0, y1 - y0) <= 1 for x0, y0, x1, y1 in boxes):
+    if objects and all(max(x1 - x0, y1 - y0) <= 1 for x0, y0, x1, y1 in (one.box for one in objects)):
         raise DataError(
-            f"{split.name}: none of the {len(boxes)} boxes is larger than a pixel, so no list was written. If they are "
-            "in 0..1 of the image, multiply them by its width and height; only YOLO's are written so"
+            f"{split.name}: none of the {len(objects)} boxes is larger than a pixel, so no list was written. If they "
+            "are in 0..1 of the image, multiply them by its width and height; only YOLO's are written so"
         )
+    serious = [(kind, count) for kind, count in kinds.most_common() if kind not in NOTED]
+    if strict and serious:
+        counts = "; ".join(f"{count} x {kind}" for kind, count in serious)
+        raise DataError(f"--strict: {split.name} has {counts}. No list was written")
 
 
 def reasons(split: Split) -> str:
@@ -288,7 +268,6 @@ def reasons(split: Split) -> str:
 
 def check_images(found: SplitAnnotations, image_size: int) -> list[CheckResult]:
     """Reads and checks all images of a split, in threads."""
-    start = time.perf_counter()
 
     def check(parse: Callable[[], Record]) -> CheckResult:
         try:
@@ -299,10 +278,7 @@ def check_images(found: SplitAnnotations, image_size: int) -> list[CheckResult]:
         return *check_image(record, found.image_root, image_size), annotated
 
     results = map_in_threads(check, found.records)  # decoding releases the GIL
-    checked = list(tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"))
-    seconds, count = time.perf_counter() - start, len(found.records)
-    print(f"{found.name}: {count} images checked in {seconds:.1f} s")
-    return checked
+    return list(tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,26 +305,27 @@ def choose_classes(
     Raises:
         DataError: the class file cannot be used, or there are no objects to take the classes from.
     """
-    met = {one.name for split in splits for image in split.images for one in image.objects}
+    met, known = {one.name for split in splits for image in split.images for one in image.objects}, known or {}
     if class_file:
         joined = {name: [name] for name in VOC_CLASSES} if str(class_file) == "voc" else read_class_file(class_file)
-        absent = sorted(name for parts in joined.values() for name in parts if name not in {*met, *(known or ())})
+        absent = sorted(name for parts in joined.values() for name in parts if name not in {*met, *known})
         if absent:
             print(f"note: {class_file} names {', '.join(absent)}, of which the data has no object", file=sys.stderr)
-        ids = [next((known[part] for part in parts if known and part in known), None) for parts in joined.values()]
-        whole = tuple(one for one in ids if one is not None)
-        if len(set(whole)) < len(ids):
-            whole = tuple(range(1, len(ids) + 1))
+        found = [[known[part] for part in parts if part in known] for parts in joined.values()]
+        ids = [of_class[0] for of_class in found if of_class]
+        if len(set(ids)) < len(joined):
+            ids = list(range(1, len(joined) + 1))
         print(f"classes: the {len(joined)} of --classes {class_file}")
-        return Classes(tuple(joined), whole, {part: name for name, parts in joined.items() for part in parts})
+        sources = {part: name for name, parts in joined.items() for part in parts}
+        return Classes(dict(zip(joined, ids, strict=True)), sources)
     if known:
         print(f"classes: the {len(known)} that the data set names")
-        return Classes(tuple(known), tuple(known.values()), {name: name for name in known})
+        return Classes(known, {name: name for name in known})
     if not met and not unlabelled:
         causes = next((text for split in splits if (text := reasons(split))), "")
         raise DataError(f"no image has an object, so the classes are unknown: name them with --classes FILE{causes}")
     names = classes_of_objects(met)
-    return Classes(names, tuple(range(1, len(names) + 1)), {name: name for name in names})
+    return Classes({name: label for label, name in enumerate(names, start=1)}, {name: name for name in names})
 
 
 def classes_of_objects(met: set[str]) -> tuple[str, ...]:
@@ -402,7 +379,6 @@ def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
     """
     images: list[dict] = []
     annotations: list[dict] = []
-    id_of = dict(zip(classes.names, classes.ids, strict=True))
     for number, image in enumerate(split.images, start=1):
         image_id = number if image.image_id is None else image.image_id
         height, width = image.size
@@ -413,7 +389,7 @@ def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
             annotation = {
                 "id": len(annotations) + 1,
                 "image_id": image_id,
-                "category_id": id_of[one.name],
+                "category_id": classes.ids[one.name],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0) if one.area is None else one.area,
                 "iscrowd": int(one.crowd),
@@ -426,7 +402,7 @@ def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
         "info": {"image_root": image_root_for(split.image_root, out), "split": split.name},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": class_id, "name": name} for name, class_id in id_of.items()],
+        "categories": [{"id": class_id, "name": name} for name, class_id in classes.ids.items()],
     }
 
 

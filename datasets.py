@@ -13,6 +13,7 @@ import gc
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from utils import InputError, atomic_write, check_outputs, error_message, whole_
 Key = tuple[int, int, int]  # epoch, index of the image, occurrence of the image in the epoch
 
 
+@dataclass(eq=False, repr=False)
 class DetectionDataset(Dataset[dict[str, Any]]):
     """The images of a data list, augmented, and their ground truth.
 
@@ -53,21 +55,12 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             never ends them.
     """
 
-    def __init__(
-        self,
-        data_list: DataList,
-        image_size: int = 300,
-        augment: AugmentConfig = NO_AUGMENTATION,
-        seed: int = 0,
-        cache: PixelCache | None = None,
-        num_epochs: int | None = None,
-    ):
-        self.data_list = data_list
-        self.image_size = image_size
-        self.augment = augment
-        self.seed = seed
-        self.cache = cache
-        self.num_epochs = num_epochs
+    data_list: DataList
+    image_size: int = 300
+    augment: AugmentConfig = NO_AUGMENTATION
+    seed: int = 0
+    cache: PixelCache | None = None
+    num_epochs: int | None = None
 
     def __len__(self) -> int:
         return len(self.data_list)

@@ -167,11 +167,13 @@ def nasty_voc(root):
         "image named twice": ["named_twice 2 times"],
         "EXIF rotation applied": ["/turned.jpg", "turned_no_size.jpg"],
         "EXIF rotation not applied": ["not_turned.jpg", "upside_down.jpg"],
-        "greyscale image": ["grey.jpg"],
-        "CMYK image": ["cmyk.jpg"],
-        "palette image": ["palette.png"],
-        "16-bit image": ["sixteen.png"],
-        "image with transparency": ["alpha.png"],
+        "image of another mode": [
+            "grey.jpg: L",
+            "cmyk.jpg: CMYK",
+            "palette.png: P",
+            "sixteen.png: I;16",
+            "alpha.png: RGBA, transparent",
+        ],  # fmt: skip
         "animated image": ["animated.png"],
         "image twice in the split": ["twin2.png has the pixels of twin.png"],
         "image without objects": ["background.jpg", *(f"{name}.jpg" for name in left_out)],

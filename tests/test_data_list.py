@@ -188,7 +188,7 @@ def test_a_list_read_in_parts_is_the_same(tmp_path, monkeypatch, length):
     whole, whole_empty = DataList.load(path), DataList.load(empty)
     monkeypatch.setattr("fpnssd.data.data_list.STREAMED_FROM", 0)
     monkeypatch.setattr("fpnssd.data.data_list.read_coco_json", None)
-    monkeypatch.setattr("fpnssd.data.coco.stream_coco_json.__defaults__", (length,))
+    monkeypatch.setattr("fpnssd.data.data_list.PART", length)
     same_lists(whole, DataList.load(path))
     assert whole.sizes.dtype == DataList.load(path).sizes.dtype
     assert DataList.load(path).apply_exif.tolist() == [False, True, False]

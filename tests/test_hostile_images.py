@@ -14,7 +14,6 @@ from malformed import encoded
 from PIL import Image, ImageOps, features
 
 from create_data_lists import main as create_data_lists
-from fpnssd.data.checks import kinds_of_image
 from fpnssd.data.image_headers import MAX_SCANS, exif_orientation, exif_with, prepare
 from fpnssd.data.images import DataError, load_image, open_image
 
@@ -253,15 +252,11 @@ def bmp(width, height, codes):
     return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + header + bytes(1024) + codes
 
 
-def test_run_length_codes_without_pixels_are_refused():
+def test_run_length_codes_are_refused():
     plain = b"\x01\x07" * 64 + b"\0\0"  # a row of 64 runs of one pixel
-    assert load_image(bmp(64, 48, plain * 48 + b"\0\1")).size == (64, 48)
-    for codes in (b"\0\0", b"\0\2\0\0", plain[:128] + b"\1a"):  # ends of rows, skips of nothing, runs beyond the row
-        for start in (0, 14):  # with its file header, and as the DIB that it is without
-            with pytest.raises(DataError, match="run-length codes for 3,072 pixels"):
-                load_image(bmp(64, 48, codes * 100_000)[start:])
-    with pytest.raises(DataError, match="only 20 rows of 4,000,000 pixels"):  # whose one code skips 255 rows: 2 GB
-        load_image(bmp(4_000_000, 20, b"\0\2\xff\xff\0\1"))
+    for start in (0, 14):  # with its file header, and as the DIB that it is without
+        with pytest.raises(DataError, match="run-length coded BMP"):
+            load_image(bmp(64, 48, plain * 48 + b"\0\1")[start:])
 
 
 def test_a_jpeg_of_many_scans_in_a_tiff_is_refused():
@@ -322,16 +317,15 @@ def test_frames_are_not_counted(form, monkeypatch):
     frames = [Image.new("RGB", (8, 8), (k, k, 0)) for k in range(100)]
     data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
     with open_image(io.BytesIO(data), "frames") as image:
-        assert "animated image" in kinds_of_image(image)
+        assert image.is_animated
         sought = []
         for name in {"seek", "_seek"} & set(dir(type(image))):
             theirs = getattr(image, name)
             monkeypatch.setattr(
                 image, name, lambda frame, *rest, theirs=theirs: (sought.append(frame), theirs(frame, *rest))
             )
-        kinds = list(kinds_of_image(image))
+        assert image.is_animated
         image.load()
-    assert "animated image" in kinds
     assert max(sought, default=0) <= 1  # whether there is a second frame is all that is asked
 
 

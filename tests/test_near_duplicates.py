@@ -7,7 +7,7 @@ import pytest
 import skimage.data
 from PIL import Image, ImageOps
 
-from fpnssd.data.near_duplicates import SAME_SCENE, describe, mirror, near_pairs
+from fpnssd.data.near_duplicates import SAME_SCENE, describe, group_near, mirror, nearest
 
 PHOTOGRAPHS = {
     name: Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
@@ -33,13 +33,16 @@ COPIES = {
 @pytest.mark.parametrize("kind", COPIES)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_copies_are_found_and_nothing_else(kind, mirrored):
-    names = list(PHOTOGRAPHS)
     copies = [COPIES[kind](image) for image in PHOTOGRAPHS.values()]
     copies = [ImageOps.mirror(image) if mirrored else image for image in copies]
-    first = np.stack([describe(image) for image in PHOTOGRAPHS.values()])
-    pairs = list(near_pairs(first, np.stack([describe(image) for image in copies]), rows=2))
-    assert [(names[i], names[j]) for i, j, _, _ in pairs] == [(name, name) for name in names]
-    assert {turned for _, _, _, turned in pairs} == {mirrored}
+    first, second = (np.stack([describe(image) for image in part]) for part in (PHOTOGRAPHS.values(), copies))
+    count = len(copies)
+    rows, similarities, turned = nearest(first, second, rows=2)
+    assert (rows == np.arange(count)).all()
+    assert (similarities >= SAME_SCENE).all()
+    assert (turned == mirrored).all()
+    groups = group_near(np.concatenate([first, second]), np.arange(2 * count))
+    assert groups.tolist() == [*range(count)] * 2
 
 
 def test_mirrored_descriptor_is_that_of_the_mirrored_picture():
@@ -47,9 +50,6 @@ def test_mirrored_descriptor_is_that_of_the_mirrored_picture():
     assert np.allclose(mirror(describe(image)[None])[0], describe(ImageOps.mirror(image)), atol=1e-6)
 
 
-def test_pairs_among_themselves_come_once():
+def test_equal_pictures_are_one_group():
     images = [PHOTOGRAPHS["rocket"], PHOTOGRAPHS["coffee"], PHOTOGRAPHS["rocket"], Image.new("RGB", (90, 60), "red")]
-    pairs = list(near_pairs(np.stack([describe(image) for image in images]), rows=1))
-    assert [(i, j) for i, j, _, _ in pairs] == [(0, 2)]
-    assert pairs[0][2] == pytest.approx(1.0, abs=1e-6)
-    assert pairs[0][2] > SAME_SCENE
+    assert group_near(np.stack([describe(image) for image in images]), np.arange(4)).tolist() == [0, 1, 0, 3]

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from create_data_lists import main
 from fpnssd.data.checks import CheckedImage
 from fpnssd.data.near_duplicates import describe
-from fpnssd.data.split import divide_groups, group_images, undivided
+from fpnssd.data.split import divide_groups, group_images, split_to_divide
 
 
 def scene(seed, size=(96, 64)):
@@ -90,7 +90,7 @@ def test_the_seed_decides():
     ],
 )
 def test_which_split_is_divided(names, name):
-    assert undivided(names) == name
+    assert split_to_divide(names) == name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

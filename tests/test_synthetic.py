@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from create_data_lists import create_data_lists
-from fpnssd.data.synthetic import SHAPES, draw_dataset, draw_image
+from fpnssd.data.synthetic import SHAPES, draw_dataset, draw_image, main
 from fpnssd.data.voc import read_voc
 
 
@@ -54,3 +54,16 @@ def test_the_lists_find_nothing_wrong(tmp_path):
     kinds = {row["kind"] for row in json.loads((tmp_path / "check.json").read_text())["problems"]}
     assert kinds <= {"image without objects", "class without objects"}
     assert len(json.loads((tmp_path / "train.json").read_text())["images"]) == 30
+
+
+def test_no_file_of_the_users_is_replaced(tmp_path):
+    arguments = ["--out", str(tmp_path), "--train", "1", "--val", "1"]
+    main(arguments)
+    main(arguments)  # its own files it may replace
+    photograph = tmp_path / "JPEGImages" / "val_00000.jpg"
+    photograph.write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=r"val_00000\.jpg exists already"):
+        main(arguments)
+    assert photograph.read_bytes() == b"mine"
+    main([*arguments, "--overwrite"])
+    assert photograph.read_bytes() != b"mine"

@@ -147,40 +147,27 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Draws the histograms of classes, sizes and aspects, with the priors' scales and ratios as dotted lines."""
+    """Draws the histograms of sizes and aspects, with the priors' scales and ratios as dotted lines."""
     from matplotlib.figure import Figure  # here, because it takes a second
 
-    ratios = sorted({1.0, *(r for level in ASPECT_RATIOS for ratio in level for r in (ratio, 1 / ratio))})
-    classes = list(next(iter(report["splits"].values()))["classes"])
-    figure = Figure(figsize=(13, 4.2))  # without matplotlib's own layout, which takes as long as the drawing
-    left = min(0.3, 0.03 + 0.0045 * max(map(len, classes), default=0))  # room for the names
-    figure.subplots_adjust(left=left, right=0.99, bottom=0.08, top=0.92, wspace=0.25)
-    by_class, by_side, by_aspect = figure.subplots(1, 3)
-    for number, (split, part) in enumerate(report["splits"].items()):
-        places = np.arange(len(classes)) + 0.8 * (number / len(report["splits"]) - 0.5)
-        counts = [part["classes"][name] for name in classes]
-        by_class.barh(places, counts, 0.8 / len(report["splits"]), align="edge", label=split)
-        for axis, name in ((by_side, "side_pixels"), (by_aspect, "aspect")):
-            histogram = part["boxes"][name]
-            total = max(1, sum(histogram["counts"]))
-            axis.stairs([c / total for c in histogram["counts"]], histogram["edges"], label=split, linewidth=2)
-    by_class.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) < 40 else 3)
-    by_class.invert_yaxis()
-    by_class.set(xscale="symlog" if by_class.get_xlim()[1] > 1000 else "linear", title="objects of each class")
-    by_class.legend()
-    sides = [scale * report["image_size"] for scale in SCALES]
-    for axis, lines in ((by_side, sides), (by_aspect, ratios)):
+    image_size = report["image_size"]
+    scales = [scale * image_size for scale in SCALES]
+    ratios = {1.0, *(r for level in ASPECT_RATIOS for ratio in level for r in (ratio, 1 / ratio))}
+    panels = (
+        ("side_pixels", scales, f"sqrt(area) in pixels at {image_size}; dotted: the priors' scales"),
+        ("aspect", ratios, "width / height; dotted: the priors' ratios"),
+    )
+    figure = Figure(figsize=(11, 4.2))
+    for axis, (name, lines, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for split, part in report["splits"].items():
+            edges, counts = part["boxes"][name]["edges"], np.array(part["boxes"][name]["counts"])
+            axis.stairs(counts / max(1, counts.sum()), edges, label=split, linewidth=2)
         for line in lines:
             axis.axvline(line, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", ylabel="share of objects")
-    by_side.set(title=f"sqrt(area) in pixels at {report['image_size']}; dotted: the priors' scales")
-    by_aspect.set(title="width / height; dotted: the priors' ratios")
-    boxes = next(iter(report["splits"].values()))["boxes"]
-    for axis, name in ((by_side, "side_pixels"), (by_aspect, "aspect")):
-        ticks = boxes[name]["edges"][::4]
-        axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
-    for axis in (by_class, by_side, by_aspect):
+        axis.set(xscale="log", ylabel="share of objects", title=title)
+        axis.set_xticks(edges[::4], [f"{edge:.3g}" for edge in edges[::4]])
         axis.minorticks_off()
+        axis.legend()
     with atomic_write(path, "picture") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 

@@ -6,7 +6,7 @@ Every problem has a kind, a key of ACTIONS, and a place. check_report.py prints 
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,11 +58,7 @@ REPAIRED = {
 }
 NOTED = {
     "EXIF rotation not applied": "the annotation's size is that of the image as stored",
-    "greyscale image": "made RGB",
-    "CMYK image": "made RGB",
-    "palette image": "made RGB",
-    "16-bit image": "lower 8 bits dropped",
-    "image with transparency": "filled with the mean colour",
+    "image of another mode": "made RGB: transparency filled with the mean colour, more than 8 bits scaled",
     "animated image": "its first frame is used",
     "image twice in the split": "kept",
     "image nearly in a later split too": "kept: the later split's score is too good",
@@ -133,7 +129,11 @@ def check_image(record: Record, image_root: Path, image_size: int = 300) -> tupl
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(image_root)):
             raise DataError(f"{path} is not below {image_root}", "image outside the image folder")
         with open_image(path) as image:
-            problems += [Problem(kind, str(path)) for kind in kinds_of_image(image)]
+            if image.mode != "RGB" or image.has_transparency_data:
+                transparent = ", transparent" if image.has_transparency_data else ""
+                problems.append(Problem("image of another mode", f"{path}: {image.mode}{transparent}"))
+            if getattr(image, "is_animated", False):  # n_frames would decode all frames of a GIF to count them
+                problems.append(Problem("animated image", str(path)))
             apply_exif, problem = judge_exif(image, record.size)
             if problem:
                 problems.append(Problem(problem, str(path)))
@@ -150,23 +150,6 @@ def check_image(record: Record, image_root: Path, image_size: int = 300) -> tupl
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt=f"{size[1]}".encode()).digest()
     descriptor = describe(pixels).astype(np.float16)
     return CheckedImage(record.file_name, size, apply_exif, objects, digest, record.image_id, descriptor), problems
-
-
-def kinds_of_image(image: Image.Image) -> Iterator[str]:
-    """Yields the kinds in NOTED that a PIL image is of, which need not be decoded."""
-    mode = image.mode
-    if mode.startswith("I"):
-        yield "16-bit image"
-    elif mode in ("1", "L", "LA", "La"):
-        yield "greyscale image"
-    elif mode == "CMYK":
-        yield "CMYK image"
-    elif mode in ("P", "PA"):
-        yield "palette image"
-    if image.has_transparency_data:
-        yield "image with transparency"
-    if getattr(image, "is_animated", False):  # n_frames would decode all frames of a GIF to count them
-        yield "animated image"
 
 
 def judge_exif(image: Image.Image, annotated_size: tuple[float, float] | None) -> tuple[bool, str | None]:

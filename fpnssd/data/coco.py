@@ -3,6 +3,7 @@
 read_coco(["train.json"], ["train"], ["train2017"])  # ([SplitAnnotations], {category name: id})
 """
 
+import contextlib
 import json
 import math
 import posixpath
@@ -10,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,18 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     return parts
 
 
-def stream_coco_json(path: Path, length: int = 50_000) -> tuple[dict[str, Any], Iterator[list[dict]]]:
+def stream_coco_json(path: Path) -> dict[str, Any]:
     """Reads a COCO file in UTF-8 without ever holding all of its annotations.
 
     Args:
         path: the file, which is read several times.
-        length: annotations in a part.
 
     Returns:
-        `info`, images and categories; and the annotations in parts.
+        As read_coco_json, but `annotations` is an iterator.
 
     Raises:
         ijson.JSONError: the file is no JSON, in another encoding, or without images or categories; also raised while
-            the parts are taken.
+            the annotations are taken.
     """
 
     def entries(prefix: str) -> Iterator[Any]:
@@ -92,16 +91,11 @@ def stream_coco_json(path: Path, length: int = 50_000) -> tuple[dict[str, Any], 
 
     keys = ("file_name", "height", "width", "id", "apply_exif")
     images = [{key: entry[key] for key in keys if key in entry} for entry in entries("images.item")]
-    info = next(entries("info"), None)
-    content = {
-        "info": info if isinstance(info, dict) else {},
-        "images": images,
-        "categories": list(entries("categories.item")),
-    }
-    if not images or not content["categories"]:
+    categories, info = list(entries("categories.item")), next(entries("info"), None)
+    if not images or not categories:
         raise ijson.JSONError(f"{path} has no images or no categories")
-    annotations = entries("annotations.item")
-    return content, iter(lambda: list(islice(annotations, length)), [])
+    info = info if isinstance(info, dict) else {}
+    return {"info": info, "images": images, "annotations": entries("annotations.item"), "categories": categories}
 
 
 def parse_id(value: object) -> int | str:
@@ -140,9 +134,8 @@ def read_coco(
         raise DataError(f"--coco has {len(files)} files for {len(names)} --splits: name one for each")
     if image_folders and len(image_folders) not in (1, len(files)):
         raise DataError(f"--images has {len(image_folders)} folders for {len(files)} files: name one, or one for each")
-    folders: list[str | Path | None] = [*image_folders] if image_folders else [None]
-    if len(folders) == 1:
-        folders *= len(files)
+    folders: list[str | Path | None] = [*(image_folders or [None])]
+    folders *= len(files) // len(folders)
     read = [
         read_coco_file(Path(path), name, None if folder is None else Path(folder))
         for path, name, folder in zip(files, names, folders, strict=True)
@@ -330,11 +323,9 @@ def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> R
     flags = parse_flags(values, text, problems)
     area = None
     if str(entry.get("area", "")).strip() not in ("", "None"):
-        try:
+        with contextlib.suppress(ValueError):
             area = parse_number(entry["area"])
-        except ValueError:
-            area = math.nan
-        if not (math.isfinite(area) and area > 0):
+        if area is None or not 0 < area < math.inf:
             problems.append(Problem("area unusable", f"{text} has the area {entry['area']!r:.80}"))
             area = None
     return RawObject(name, edges, area=area, text=text, **flags)

@@ -1,11 +1,13 @@
 """A data list, the COCO JSON file that create_data_lists.py writes, as arrays."""
 
+import contextlib
 import hashlib
 import json
 import pickle
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from utils import atomic_write, hash_file
 ARRAYS_VERSION = 3  # of the fields that such a file holds (see DataList)
 ARRAYS_FROM = 32 * 2**20  # bytes of JSON: larger lists keep their arrays in a file beside them
 STREAMED_FROM = 64 * 2**20  # bytes of JSON: larger lists are parsed in parts, which is slower and saves gigabytes
+PART = 50_000  # annotations
 
 
 class Strings:
@@ -180,12 +183,10 @@ class DataList:
     @classmethod
     def _from_json(cls, path: Path, images: str | Path | None = None) -> "DataList":
         try:
-            if path.stat().st_size < STREAMED_FROM:
-                return cls.from_coco(path, read_coco_json(path), images)
-            try:
-                return cls._from_parts(path, *stream_coco_json(path), images)
-            except ijson.JSONError:  # also other encodings than UTF-8; this names what is wrong, or reads it
-                return cls.from_coco(path, read_coco_json(path), images)
+            if path.stat().st_size >= STREAMED_FROM:
+                with contextlib.suppress(ijson.JSONError):  # no JSON, or no UTF-8: below it is named, or read
+                    return cls.from_coco(path, stream_coco_json(path), images)
+            return cls.from_coco(path, read_coco_json(path), images)
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -198,6 +199,7 @@ class DataList:
         Args:
             path: where the content is, for messages and for a relative `image_root`.
             content: with `images`, `annotations`, `categories` and `info`, as `create_data_lists.to_coco` makes it.
+                The annotations may be an iterator, of which PART at a time are in memory.
             images: overrides info.image_root.
 
         Raises:
@@ -205,13 +207,6 @@ class DataList:
             Exception: KeyError, TypeError, ValueError and the like where the content has another form; load() turns
                 them into a DataError.
         """
-        return cls._from_parts(path, content, [content["annotations"]], images)
-
-    @classmethod
-    def _from_parts(
-        cls, path: Path, content: dict[str, Any], parts: Iterable[list[dict]], images: str | Path | None = None
-    ) -> "DataList":
-        """As from_coco, of annotations that come in parts and of which one part at a time has to be in memory."""
         for category in content["categories"]:
             if type(category["id"]) is not int or category["id"] < 0 or not isinstance(category["name"], str):
                 raise DataError(f"{path}: category {category} has to have a whole number from 0 as its id, and a name")
@@ -221,6 +216,8 @@ class DataList:
         if len(row_of) != len(content["images"]) or len(label_of) != len(category_ids):
             raise DataError(f"{path} gives the same id to two images or categories")
         sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int32).reshape(-1, 2)
+        annotations = iter(content["annotations"])
+        parts = iter(lambda: list(islice(annotations, PART)), [])
         columns = [_object_columns(path, part, row_of, label_of, sizes) for part in parts]
         columns = columns or [_object_columns(path, [], row_of, label_of, sizes)]
         rows = np.concatenate([part["rows"] for part in columns])

@@ -1,8 +1,7 @@
 """Photographs that are nearly the same: copies in another size or quality, and shots of one scene moments apart.
 
     descriptors = np.stack([describe(image) for image in images])
-    for i, j, similarity, mirrored in near_pairs(descriptors, descriptors_of_val):
-        ...
+    rows, similarities, mirrored = nearest(descriptors, descriptors_of_val)
 
 A photograph is described by the brightness differences between neighbouring cells of a 16 x 16 grid, and two
 photographs are compared by the cosine of these vectors. Brightness itself would not do: pictures of sky, or with dark
@@ -44,29 +43,6 @@ def mirror(descriptors: np.ndarray) -> np.ndarray:
     horizontal = -horizontal.reshape(-1, GRID, GRID - 1)[:, :, ::-1]
     vertical = vertical.reshape(-1, GRID - 1, GRID)[:, :, ::-1]
     return np.concatenate([horizontal.reshape(len(descriptors), -1), vertical.reshape(len(descriptors), -1)], axis=1)
-
-
-def near_pairs(
-    first: np.ndarray, second: np.ndarray | None = None, threshold: float = SAME_SCENE, rows: int = 1024
-) -> Iterator[tuple[int, int, float, bool]]:
-    """Pairs of pictures that are nearly the same, as they are or mirrored.
-
-    Args:
-        first: descriptors (n, 480).
-        second: descriptors (m, 480) to compare them with; None compares the first with each other, each pair once.
-        threshold: least similarity, the cosine of two descriptors.
-        rows: of `first` that are compared at a time.
-
-    Yields:
-        (row of first, row of second, similarity, whether one is mirrored), in the order of the rows for up to `COLUMNS`
-        descriptors in `second`, and in that of the blocks otherwise.
-    """
-    for start, column, best, turned in _similarities(first, first if second is None else second, rows):
-        near = best >= threshold
-        if second is None:
-            near &= np.arange(column, column + best.shape[1]) > np.arange(start, start + len(best))[:, None]
-        for row, other in zip(*map(np.ndarray.tolist, np.nonzero(near)), strict=True):
-            yield start + row, column + other, float(best[row, other]), bool(turned[row, other])
 
 
 def nearest(first: np.ndarray, second: np.ndarray, rows: int = 1024) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

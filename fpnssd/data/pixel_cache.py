@@ -9,7 +9,6 @@ each worker that has touched it, and a worker would be killed by a file that was
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -66,9 +65,8 @@ class PixelCache:
                 _delete_stale(path)
                 cache._write(data_list)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise cache._disk_is_full() from error
-            raise InputError(f"cannot cache pixels in {path}: {error}; --cache off does without") from error
+            sentence = f"cannot cache pixels in {path}: {error}; make room, or do without (--cache off)"
+            raise InputError(sentence) from error
         return cache
 
     def __len__(self) -> int:
@@ -91,16 +89,12 @@ class PixelCache:
     def _is_whole(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == self.num_bytes
 
-    def _disk_is_full(self) -> InputError:
-        free = shutil.disk_usage(self.path.parent).free
-        return InputError(
-            f"{self.path} takes {self.num_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: make room, "
-            "store images smaller (--set cache_side=400), or do without (--cache off)"
-        )
-
     def _write(self, data_list: DataList) -> None:
-        if shutil.disk_usage(self.path.parent).free < self.num_bytes:
-            raise self._disk_is_full()
+        if (free := shutil.disk_usage(self.path.parent).free) < self.num_bytes:
+            raise InputError(
+                f"{self.path} takes {self.num_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: make "
+                "room, store images smaller (--set cache_side=400), or do without (--cache off)"
+            )
         print(f"{self.path}: decoding {len(self)} images once, {self.num_bytes / 1e9:.2f} GB", file=sys.stderr)
 
         def decode(index: int) -> bytes:

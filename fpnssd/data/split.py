@@ -1,6 +1,6 @@
 """Divides a data set that has no splits into train and val.
 
-    names = undivided(["default"])                      # "default": which of its splits is to be divided
+    names = split_to_divide(["default"])                      # "default": which of its splits is to be divided
     groups = group_images(images)                       # near-duplicates and frames of one video are one group
     in_val = divide_groups(groups, counts, 0.2, seed)   # each class gets its share, and no group is cut
 
@@ -30,7 +30,7 @@ SAME_VIDEO = 0.4
 RUNS = 10  # into which a scene is cut that fills more than half of a data set
 
 
-def undivided(names: Collection[str]) -> str | None:
+def split_to_divide(names: Collection[str]) -> str | None:
     """Which split of a data set has to be divided into train and val.
 
     Args:
@@ -220,11 +220,11 @@ def divide_groups(groups: np.ndarray, counts: np.ndarray, val_share: float, seed
             part[group] = chosen
             lacking[chosen] -= objects[group]
             lacking_images[chosen] -= images[group]
-    _mend_absent(there, part, images)
+    _put_classes_in_both(there, part, images)
     return part[member] == 1
 
 
-def _mend_absent(there: np.ndarray, part: np.ndarray, images: np.ndarray) -> None:
+def _put_classes_in_both(there: np.ndarray, part: np.ndarray, images: np.ndarray) -> None:
     """Moves groups, in place, so that classes of two or more groups are in both parts, if one move each will do.
 
     Args:

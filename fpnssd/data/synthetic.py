@@ -8,7 +8,8 @@ Objects have all three of COCO's sizes, overlap and are truncated by the frame; 
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -16,7 +17,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from utils import atomic_write, write_text
+from utils import InputError, atomic_write, check_outputs, write_text
 
 EMPTY_SHARE = 0.06  # images without objects
 SUPERSAMPLE = 2  # shapes are drawn larger and shrunk, for smooth edges
@@ -33,8 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=300, help="number of images")
     parser.add_argument("--val", type=int, default=60, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
     args = parser.parse_args(argv)
-    draw_dataset(Path(args.out), {"train": args.train, "val": args.val}, args.seed)
+    out, counts = Path(args.out), {"train": args.train, "val": args.val}
+    try:
+        check_outputs(outputs_of(out, counts), overwrite=args.overwrite)
+        draw_dataset(out, counts, args.seed)
+    except (InputError, OSError) as error:
+        sys.exit(f"synthetic: {error}")
     print(f"{args.out}: {args.train} images for training, {args.val} for evaluation, classes {', '.join(SHAPES)}")
 
 
@@ -46,16 +53,23 @@ def draw_dataset(out: Path, counts: Mapping[str, int], seed: int = 0) -> None:
         counts: number of images of each split, by its name.
         seed: of the randomness.
     """
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
     for split_number, (split, count) in enumerate(counts.items()):
         names = [f"{split}_{number:05}" for number in range(count)]
         for number, name in enumerate(names):
             image, objects = draw_image(np.random.default_rng([seed, split_number, number]))
-            with atomic_write(out / "JPEGImages" / f"{name}.jpg") as temporary:
+            with atomic_write(out / "JPEGImages" / f"{name}.jpg", "picture") as temporary:
                 image.save(temporary, "JPEG", quality=90)
-            write_text(out / "Annotations" / f"{name}.xml", to_xml(name, image.size, objects))
-        write_text(out / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{name}\n" for name in names))
+            write_text(out / "Annotations" / f"{name}.xml", to_xml(name, image.size, objects), "annotation")
+        write_text(out / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{name}\n" for name in names), "split")
+
+
+def outputs_of(out: Path, counts: Mapping[str, int]) -> Iterator[tuple[str, Path]]:
+    """(kind, path) of each file that draw_dataset writes, for utils.check_outputs."""
+    for split, count in counts.items():
+        for number in range(count):
+            yield "picture", out / "JPEGImages" / f"{split}_{number:05}.jpg"
+            yield "annotation", out / "Annotations" / f"{split}_{number:05}.xml"
+        yield "split", out / "ImageSets" / "Main" / f"{split}.txt"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

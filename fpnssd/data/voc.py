@@ -68,13 +68,12 @@ class VocFolder:
         self.annotations, self.images = folder / "Annotations", folder / "JPEGImages"
         self.split_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         self._files: dict[str, dict[str, Path]] = {}  # folder -> image files by their names with and without ending
-        self.flat = not self.annotations.exists() and any((folder / split).glob("*.xml"))
-        if self.flat:
-            self.annotations = self.images = folder / split
-        if whole:
+        if not whole and not self.annotations.exists() and any((folder / split).glob("*.xml")):
+            self.whole, folder = True, folder / split  # Roboflow's
+        if self.whole:
             self.annotations, self.images = whole_folders(folder)
             return
-        for part in () if self.flat else (self.annotations, self.split_file.parent, self.images):
+        for part in (self.annotations, self.split_file.parent, self.images):
             if not part.is_dir():
                 raise DataError(
                     f"{folder} is no VOC folder: it has no {part.relative_to(folder).as_posix()}. Without --splits, "
@@ -82,11 +81,11 @@ class VocFolder:
                 )
 
     def has_split(self) -> bool:
-        return self.whole or self.flat or self.split_file.is_file()
+        return self.whole or self.split_file.is_file()
 
     def names(self) -> list[str]:
         """The split's images, without endings, as the split file orders them."""
-        if self.flat or self.whole:
+        if self.whole:
             entries = (file for folder in {self.annotations, self.images} for file in folder.iterdir())
             files = (file for file in entries if file.suffix.lower() == ".xml" or is_image_name(file))
             return sorted({file.stem for file in files if not file.name.startswith("._")})
@@ -134,9 +133,8 @@ def find_voc_splits(folders: Iterable[str | Path]) -> set[str]:
     names: set[str] = set()
     for folder in map(Path, folders):
         here = {file.stem for file in (folder / "ImageSets" / "Main").glob("[!.]*.txt")}
-        names |= {
-            name for name in here if not any(name.endswith(f"_{other}") for other in here)
-        }  # dog_train is a class's
+        # dog_train is a class's.
+        names |= {name for name in here if not any(name.endswith(f"_{other}") for other in here)}
         if not here and not (folder / "Annotations").exists():
             parts = {
                 file.parent for file in folder.glob("*/*.xml") if file.parent.name.lower() not in ANNOTATION_FOLDERS

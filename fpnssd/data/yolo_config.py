@@ -288,15 +288,12 @@ def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = 
     Returns:
         The first of the folders joined with the name, or with its longest end, that exists; None for none.
     """
-    for text in dict.fromkeys((name, name.replace("\\", "/"))):
+    name = name.replace("\\", "/")
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    for end in (name, *("/".join(parts[start:]) for start in range(len(parts)))):
         for folder in folders:
-            if exists(folder / text):
-                return normalize_path(folder / text)
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    for start in range(len(parts)):
-        for folder in folders:
-            if exists(path := folder.joinpath(*parts[start:])):
-                return normalize_path(path)
+            if exists(folder / end):
+                return normalize_path(folder / end)
     return None
 
 

@@ -62,12 +62,11 @@ class LabelFinder:
     def _replaceable(self, folder: Path) -> list[int]:
         """Which parts of a folder's path may stand in the place of `labels`, likeliest first."""
         parts = folder.parts
-        first = len(self.root.parts) if folder.is_relative_to(self.root) else max(1, len(parts) - 2)
         named = [index for index, part in enumerate(parts) if part.lower() in IMAGE_FOLDERS]
-        if first == len(self.root.parts) and self.root.name.lower() in IMAGE_FOLDERS:
-            first -= 1  # the data set's file lies among its images
-        elif named and not folder.is_relative_to(self.root):
-            first = min(first, named[-1])
+        if folder.is_relative_to(self.root):  # the root itself too, where the data set's file lies among its images
+            first = len(self.root.parts) - (self.root.name.lower() in IMAGE_FOLDERS)
+        else:
+            first = min([max(1, len(parts) - 2), *named[-1:]])
         inner_first = list(range(len(parts) - 1, first - 1, -1))
         last_named = [index for index in inner_first if index in named][:1]
         return list(dict.fromkeys([*last_named, *inner_first]))
@@ -90,9 +89,8 @@ class LabelFinder:
 
     def _label_files(self, folder: Path) -> dict[str, Path]:
         if folder not in self._names:
-            with os.scandir(folder) as entries:
-                names = [entry.name for entry in entries if entry.name.lower().endswith(".txt") and entry.is_file()]
-            self._names[folder] = {name[:-4]: folder / name for name in sorted(names) if not name.startswith("._")}
+            names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(".txt")]
+            self._names[folder] = {name[:-4]: folder / name for name in names if not name.startswith(".")}
         return self._names[folder]
 
 
