@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,12 @@ from fpnssd.inference.detector import Detections, load_detector
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import anyio
+from starlette.exceptions import HTTPException
+
 import app
 from fpnssd.inference import http_server
+from fpnssd.inference.http_server import Bodies
 
 ROOT = Path(__file__).parents[1]
 LIMITS = app.Limits(file_bytes=2 * 10**6, body_seconds=20)
@@ -355,6 +360,40 @@ def test_pictures_are_drawn_few_at_a_time(server, sent, monkeypatch):
         assert [one.result()[0] for one in got] == [200] * 8
     assert max(seen) == 2
     assert taken < 0.6  # drawing all takes 0.8 s
+
+
+def test_bodies_never_exceed_their_bound():
+    bodies = Bodies(max_bytes=1000, max_count=64, seconds=20)
+    sums, responses = [], Counter()
+
+    class Sender:
+        headers: dict[str, str] = {}
+
+        async def stream(self):
+            for _ in range(9):
+                await anyio.sleep(0)
+                sums.append(sum(bodies.sizes.values()))
+                yield bytes(100)
+                sums.append(sum(bodies.sizes.values()))
+
+    async def send():
+        try:
+            async with bodies.receive(Sender()) as body:
+                responses[len(body)] += 1
+        except HTTPException as error:
+            responses[error.status_code] += 1
+
+    async def send_all():
+        async with anyio.create_task_group() as group:
+            for _ in range(10):
+                group.start_soon(send)
+
+    anyio.run(send_all)
+    assert 3000 < max(sums) <= 4000
+    assert responses[503] >= 5
+    assert responses[503] + responses[900] == 10
+    assert responses[900] >= 4
+    assert not bodies.sizes
 
 
 def test_slow_clients_are_bounded_in_memory_and_keep_nobody_out(server, sent):

@@ -125,15 +125,17 @@ class Bodies:
 
     async def _read(self, request: Request, scope: anyio.CancelScope) -> bytes:
         data, size = bytearray(), 0
-        self._make_room()
+        self._make_room(0)
         async for part in request.stream():
             size += len(part)
+            self._make_room(len(part))
+            if scope.cancel_called:  # dropped just now, or while this part was on its way
+                await anyio.sleep(0)  # raises
             if size <= self.max_bytes:
                 data += part
             else:  # read on without keeping it: many clients see no response before they have sent everything
                 data.clear()
             self.sizes[scope] = len(data)
-            self._make_room()
         if size > self.max_bytes:
             raise HTTPException(413, f"the picture has more than the {self.max_bytes / 1e6:g} MB that are accepted")
         if request.headers.get("content-type", "").startswith("multipart/"):
@@ -142,13 +144,17 @@ class Bodies:
             raise InputError("the body is empty: POST a picture, as curl --data-binary @photo.jpg does")
         return bytes(data)
 
-    def _make_room(self) -> None:
-        if len(self.sizes) > self.max_count or sum(self.sizes.values()) > 4 * self.max_bytes:
+    def _make_room(self, size: int) -> None:
+        """Drops bodies, the oldest first, until `size` more bytes fit."""
+        while len(self.sizes) > self.max_count or sum(self.sizes.values()) + size > 4 * self.max_bytes:
             oldest = next((scope for scope in self.sizes if scope in self.arriving), None)
-            if oldest is not None:
-                self.arriving.discard(oldest)
-                self.sizes[oldest] = 0
-                oldest.cancel()
+            if oldest is None:
+                return
+            self.arriving.discard(oldest)
+            self.sizes[oldest] = 0
+            oldest.cancel()
+            if len(self.sizes) > self.max_count:  # its place is free when its task ends
+                return
 
 
 class Sized(Protocol):
