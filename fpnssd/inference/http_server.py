@@ -129,7 +129,7 @@ class Bodies:
         async for part in request.stream():
             size += len(part)
             self._make_room(len(part))
-            if scope.cancel_called:  # dropped just now, or while this part was on its way
+            if scope.cancel_called:  # dropped just now, or before this part came
                 await anyio.sleep(0)  # raises
             if size <= self.max_bytes:
                 data += part
