@@ -236,7 +236,7 @@ def check_split(split: Split, unlabelled: bool, allow_loss: bool, strict: bool) 
     # Objects of classes that were not chosen are no loss, nor are second copies of an object.
     wanted = split.annotated - kinds["class that was not chosen"] - kinds["object twice"]
     if all(one.crowd for one in objects) and not unlabelled:
-        but = f" but {len(objects)} crowds, which teach nothing" if objects else ""
+        but = f" but {len(objects)} with iscrowd 1, which training ignores" if objects else ""
         raise DataError(
             f"{split.name} has no objects{but} ({split.annotated} were annotated), so no list was written"
             f"{reasons(split)}. If its images are meant to have none, pass --unlabelled"

@@ -259,7 +259,7 @@ def draw_batch(batch: dict[str, Any], classes: Sequence[str], columns: int = 4) 
     ):
         real = labels > 0
         if real.any():
-            marks = [" (difficult)" * d + " (crowd)" * c for d, c in zip(difficult[real], crowd[real], strict=True)]
+            marks = [" (difficult)" * d + " (iscrowd)" * c for d, c in zip(difficult[real], crowd[real], strict=True)]
             names = [classes[label - 1] + mark for label, mark in zip(labels[real].tolist(), marks, strict=True)]
             colours = [class_colour(label) for label in labels[real].tolist()]
             image = draw_bounding_boxes(image, boxes[real] * image.shape[-1], names, colours, width=2)

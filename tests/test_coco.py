@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from fpnssd.data.annotations import parse_flag, parse_number, parse_size
+from fpnssd.data.checks import check_objects
 from fpnssd.data.coco import enclosing_box, parse_id, read_coco
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
@@ -76,7 +77,15 @@ def test_other_flags_are_named_and_not_set(write, flag):
     (record,), (problem,), _ = read_one(write(annotations=[{**GOOD, "iscrowd": flag}]))
     assert record.objects[0].crowd is False
     assert problem.kind == "flag unreadable"
-    assert "train.json: annotation 1: crowd " in problem.where
+    assert "train.json: annotation 1: iscrowd " in problem.where
+
+
+def test_problems_with_a_box_name_file_and_annotation_once(write):
+    entry = {**GOOD, "bbox": [1, 2, 0, 40]}
+    (record,), _, _ = read_one(write(annotations=[entry]))
+    objects, ((kind, text),) = check_objects(record, (100, 100), 300)
+    assert (objects, kind) == ([], "box empty")
+    assert text == "key annotation 1 [1, 2, 0, 40] in 100x100"
 
 
 @pytest.mark.parametrize("area", ["big", -3, 0, float("nan"), [4]])
@@ -142,7 +151,7 @@ def test_a_group_is_no_class(write, capsys):
         categories = [{"id": 0, "name": project, "supercategory": "none"}]
         categories += [{"id": 2, "name": "key", "supercategory": project}]
         assert read_one(write(categories=categories))[2] == {"key": 2}
-        assert f"category 0, '{project}', is a group" in capsys.readouterr().err
+        assert f"category 0, '{project}', is a supercategory" in capsys.readouterr().err
     # Where an object has it, in any of the files, it is a class.
     categories = [{"id": 0, "name": "animal"}, {"id": 2, "name": "cat", "supercategory": "animal"}]
     files = [write("train", categories=categories), write("val", categories=categories)]

@@ -129,20 +129,21 @@ def parse_flag(value: object) -> bool | None:
 
 
 def parse_flags(values: Mapping[str, object], where: str, problems: list[Problem]) -> dict[str, Any]:
-    """RawObject's difficult, crowd and truncated; what is no flag is not set, and appended to `problems`.
+    """Returns the flags difficult, crowd and truncated of a RawObject; an unreadable one is not set, but reported.
 
     Args:
-        values: the three as the file writes them.
+        values: {field of the file: value as written}; COCO calls the field of crowds `iscrowd`.
         where: the file and the object, for problems.
-        problems: of the image so far.
+        problems: list to which a problem is appended for each unreadable flag.
     """
     flags: dict[str, bool | None] = {}
-    for name, value in values.items():
+    for field_name, value in values.items():
+        flag = None
         try:
-            flags[name] = parse_flag(value)
+            flag = parse_flag(value)
         except ValueError as error:
-            problems.append(Problem("flag unreadable", f"{where}: {name} {error}"))
-            flags[name] = None
+            problems.append(Problem("flag unreadable", f"{where}: {field_name} {error}"))
+        flags["crowd" if field_name == "iscrowd" else field_name] = flag
     return {**flags, "difficult": bool(flags["difficult"]), "crowd": bool(flags["crowd"])}
 
 

@@ -125,7 +125,7 @@ def format_report(report: Report) -> str:
         lines += ["no problems", ""]
     names = ("images", "without_objects", "objects", "difficult", "crowd")
     rows = [(split, *(str(part[name]) for name in names)) for split, part in report["splits"].items()]
-    lines += _table([("split", *(name.replace("_", " ") for name in names)), *rows]) + [""]
+    lines += _table([("split", "images", "without objects", "objects", "difficult", "iscrowd"), *rows]) + [""]
     splits = report["splits"].values()
     classes = next(iter(splits))["classes"]
     rows = [(name, *(str(part["classes"][name]) for part in splits)) for name in classes]

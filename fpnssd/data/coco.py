@@ -184,8 +184,8 @@ def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
             name = entry["name"]
             children = (other for other_id, other in file.categories.items() if other_id != category_id)
             if category_id not in used and any(child.get("supercategory") == name for child in children):
-                note = f"note: {file.path}: category {category_id!r}, {name!r}, is a group of others and no class"
-                print(note, file=sys.stderr)
+                note = f"category {category_id!r}, {name!r}, is a supercategory without objects, not a class"
+                print(f"note: {file.path}: {note}", file=sys.stderr)
                 continue
             if names.setdefault(category_id, name) != name:
                 raise DataError(
@@ -236,7 +236,7 @@ def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
 
 
 def look_up(table: dict, key: object) -> Any:
-    """The entry of an id, None where there is no such."""
+    """The value of an id in `table`, None if the id is not in it."""
     try:
         return table.get(parse_id(key))
     except ValueError:
@@ -319,7 +319,7 @@ def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> R
             problems.append(Problem("object without a box", f"{text} has {why}"))
             return None
         problems.append(Problem("polygon instead of a box", text))
-    values = {"difficult": entry.get("difficult"), "crowd": entry.get("iscrowd"), "truncated": entry.get("truncated")}
+    values = {flag: entry.get(flag) for flag in ("difficult", "iscrowd", "truncated")}
     flags = parse_flags(values, text, problems)
     area = None
     if str(entry.get("area", "")).strip() not in ("", "None"):
@@ -328,7 +328,7 @@ def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> R
         if area is None or not 0 < area < math.inf:
             problems.append(Problem("area unusable", f"{text} has the area {entry['area']!r:.80}"))
             area = None
-    return RawObject(name, edges, area=area, text=text, **flags)
+    return RawObject(name, edges, area=area, text=f"annotation {entry.get('id')!r:.80} {box!r:.200}", **flags)
 
 
 def enclosing_box(segmentation: object) -> tuple[float, float, float, float] | None:
