@@ -33,6 +33,7 @@ from fpnssd.training.config import set_fields
 from fpnssd.training.cpu_memory import MALLOC_DEFAULTS, tune_malloc
 from utils import InputError, atomic_write, check_outputs, error_message, whole_number
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 Key = tuple[int, int, int]  # epoch, index of the image, occurrence of the image in the epoch
 
 
@@ -205,12 +206,27 @@ def _start_worker(_: int) -> None:
     # so workers ignore Ctrl-C and the first SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by WorkerLoader
     torch.set_num_threads(1)
     # Garbage collection writes to every object it visits, and so copies the pages that a fork shares.
     gc.freeze()
     # glibc would keep the memory of batches in a fragmented heap: up to 200 MB a worker. Blocks above 4 MB go back to
     # the system; training on the CPU disables that before the fork.
     tune_malloc(**MALLOC_DEFAULTS | {"mmap_threshold": 4 * 2**20})
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers start with blocked stop signals, which could end them before _start_worker."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_loader(
@@ -231,7 +247,7 @@ def make_loader(
         pin_memory: whether batches lie in pinned memory, from which they are copied to a GPU faster.
         start_method: fork, spawn or forkserver for the worker processes; None is the system's default.
     """
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_size=batch_size,
         sampler=epoch_sampler,

@@ -303,7 +303,7 @@ class Trainer:
                 raise
             # torch can raise the loss of a worker at any point: an incomplete step is not saved.
             saved = not (self.in_step or isinstance(error, NotFiniteError)) and self.save()
-            self.stopping = self.stop.requested and saved  # the signal ended a worker that was just starting
+            self.stopping = self.stop.requested and saved  # a second SIGTERM ended a worker
             if not self.stopping:
                 kept = f"Step {state.step} of {folder.path} is saved" if saved else f"{folder.path} stays as last saved"
                 raise TrainingStopped(f"{reason}. {kept}: fix it, then --resume") from error

@@ -186,7 +186,7 @@ def test_a_training_list_without_objects_is_refused(drawn, in_tmp, crowds):
     content = json.loads(Path("data/train.json").read_text())
     entries = [{**entry, "iscrowd": 1} for entry in content["annotations"]] if crowds else []
     Path("data/train.json").write_text(json.dumps({**content, "annotations": entries}))
-    with pytest.raises(DataError, match=r"train\.json has no objects"):
+    with pytest.raises(DataError, match=r"train\.json has no objects to train on"):
         load_lists(tiny_config("data"))
 
 

@@ -47,7 +47,7 @@ class StopOnSignal:
         if self.requested:  # schedulers may send it twice: to the process group and through torchrun
             return
         self.requested = True
-        # A signal to the process group also ends a worker that is just starting; torch's handler of SIGCHLD would raise
+        # A second SIGTERM to the process group ends the workers (datasets.py); torch's handler of SIGCHLD would raise
         # in the middle of a save. Not SIG_DFL: if that worker ends right now, Python prints that it lost a handler.
         if hasattr(signal, "SIGCHLD"):  # Windows has none
             self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)

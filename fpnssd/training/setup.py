@@ -40,7 +40,7 @@ def load_lists(config: TrainConfig) -> Lists:
     if len(train_list) < distributed.num_processes():
         raise DataError(f"{train_list.path} has {len(train_list)} images, too few to train on")
     if train_list.crowd.all():
-        raise DataError(f"{train_list.path} has only objects with iscrowd 1, which training ignores")
+        raise DataError(f"{train_list.path} has no objects to train on; those with iscrowd 1 do not count")
     return train_list, val_list
 
 
