@@ -219,7 +219,7 @@ def _start_worker(_: int) -> None:
 class WorkerLoader(DataLoader):
     """A DataLoader whose workers start with blocked stop signals, which could end them before _start_worker."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
