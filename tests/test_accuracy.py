@@ -114,7 +114,11 @@ def test_rows_belong_to_the_recipe_as_it_is(accuracy, monkeypatch):
     rows = [row for row in accuracy.read_results(ROOT / accuracy.RESULTS) if not accuracy.peer_of(row["variant"])]
     assert len(rows) > 15
     for row in (one for one in rows if one["variant"] not in gone):
-        folder = {"screen": "data/vocreal_screen", "confirm": "data/vocreal"}[row["stage"]]
+        folder = {
+            "screen": "data/vocreal_screen",
+            "confirm": "data/vocreal",
+            "large": "data/vocreal_large_screen_large",
+        }[row["stage"]]
         asked = (row["variant"], row["stage"], int(row["seed"]), folder, int(row["epochs"]))
         assert accuracy.config_hash(accuracy.variant_config(*asked), row["variant"]) == row["config_hash"], row["run"]
     before = accuracy.config_hash(accuracy.variant_config("base", "screen", 0, "data", 12), "base")
