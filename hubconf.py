@@ -1,10 +1,10 @@
-"""Entry points of torch.hub, for code outside of this folder.
+"""Entry points of torch.hub, for code outside this folder.
 
     detector = torch.hub.load("path/to/this/folder", "detector", source="local")
     detections = detector.predict("photo.jpg", min_score=0.4)
 
-They fail in a program that has imported modules of its own called `model`, `utils` or `datasets`, as Python keeps one
-module of a name.
+They fail in a program that has imported other modules called `model`, `utils` or `datasets`, as Python loads only one
+module per name.
 """
 
 import os
@@ -20,7 +20,7 @@ def detector(checkpoint: str | os.PathLike = DEFAULT_CHECKPOINT, **options: Any)
     """A Detector of a checkpoint or exported file.
 
     Args:
-        checkpoint: the one that ships, if not given.
+        checkpoint: path of the file; by default the shipped one.
         options: of fpnssd.inference.detector.load_detector: device, runtime, precision.
     """
     return load_detector(checkpoint, **options)

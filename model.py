@@ -39,7 +39,7 @@ class Thresholds:
 
     min_score: float  # score threshold: detections score above it
     max_overlap: float  # NMS IoU threshold: a box that overlaps a better one of its class by more is dropped
-    top_k: int  # most detections of an image
+    top_k: int  # maximum number of detections per image
 
 
 EVALUATION = Thresholds(
@@ -47,7 +47,7 @@ EVALUATION = Thresholds(
 )  # as in SSD; average precision needs low scores too
 # For display; F1 was highest at 0.4 on 200 photographs (experiments/README.md).
 DETECTION = Thresholds(min_score=0.4, max_overlap=0.5, top_k=200)
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoint" / "fpnssd300_lite_voc.pth.tar")  # the one that ships
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoint" / "fpnssd300_lite_voc.pth.tar")  # the shipped one
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbone
@@ -68,7 +68,7 @@ def build_backbone(name: str, weights: str = "none") -> tuple[Any, tuple[float, 
         FileNotFoundError: if `weights` is a file that does not exist.
     """
     if not timm.is_model(name):
-        raise InputError(f"timm {timm.__version__} knows no backbone {name!r}; python -m timm lists what it has")
+        raise InputError(f"timm {timm.__version__} has no model {name!r}: timm.list_models() returns the names")
     try:
         backbone: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=(-3, -2, -1))
         strides = backbone.feature_info.reduction()
@@ -77,18 +77,18 @@ def build_backbone(name: str, weights: str = "none") -> tuple[Any, tuple[float, 
         IndexError,
         RuntimeError,
         ValueError,
-    ):  # raised by timm where there are fewer than three feature maps
+    ):  # raised by timm for networks with fewer than three feature maps
         strides = []
     if strides != [8, 16, 32]:
         raise InputError(f"backbone {name!r} ends in strides {strides}, but an FPN needs 8, 16 and 32")
     expected = backbone.state_dict()
     unsaved = sorted(set(dict(backbone.named_buffers())) - set(expected))
     if unsaved:  # build_model could not restore them
-        raise InputError(f"backbone {name!r} keeps {unsaved[0]!r} out of its state dict, so checkpoints would lack it")
+        raise InputError(f"backbone {name!r} has a non-persistent buffer {unsaved[0]!r}, which checkpoints would lack")
     if weights != "none":
         # For some backbones features_only of timm writes stages_0 where the whole network has stages.0.
-        given = {key.replace(".", "_"): tensor for key, tensor in backbone_state_dict(name, weights).items()}
-        state = {key: given.get(key.replace(".", "_")) for key in expected}
+        weights_by_name = {key.replace(".", "_"): tensor for key, tensor in backbone_state_dict(name, weights).items()}
+        state = {key: weights_by_name.get(key.replace(".", "_")) for key in expected}
         absent = sorted(key for key in expected if getattr(state[key], "shape", None) != expected[key].shape)
         if absent:
             raise InputError(
@@ -116,20 +116,23 @@ def _norm_conv(in_channels: int, channels: int, kernel: int, stride: int = 1) ->
 
 
 def pad_single_cell(level: Tensor) -> Tensor:
-    """A map of one cell with zeros beside it, the same to a padded convolution of stride 2; other maps as they are.
+    """Zero-pads a 1x1 map to 2x2, which does not change a padded stride-2 convolution; returns other maps unchanged.
 
-    For a map of one cell (small images have several such levels) the bf16 gradient of the weights is uninitialised
-    memory on CPUs with AVX512-BF16 (oneDNN in torch 2.14.1).
+    A workaround for oneDNN (torch 2.14.1) on CPUs with AVX512-BF16: the bf16 gradient of the weights is uninitialised
+    memory if the input is 1x1, as in the coarsest levels of small images.
     """
     return F.pad(level, (0, 1, 0, 1)) if level.shape[-2:] == (1, 1) else level
 
 
 class FPN(nn.Module):
-    """C3, C4, C5 -> P3..P9: lateral and top-down for three levels, strided convolutions for four more.
+    """Feature pyramid network: C3, C4, C5 -> P3..P9.
+
+    P3..P5 come from lateral connections and a top-down pathway, P6..P9 each from a stride-2 convolution of the level
+    before.
 
     Args:
-        in_channels: of C3, C4, C5.
-        channels: of every level.
+        in_channels: numbers of channels of C3, C4, C5.
+        channels: number of channels of every level.
     """
 
     def __init__(self, in_channels: list[int], channels: int) -> None:
@@ -152,7 +155,7 @@ class FPN(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Network
 
-# By name: a lazy import, as only checkpoints of the original project need its network.
+# Names that are imported when needed: only checkpoints of the original project need its network.
 FPN_CLASSES = {"fpn": "model:FPN", "original": "fpnssd.legacy.network:OriginalFPN"}
 
 
@@ -160,11 +163,11 @@ class FPNSSD(nn.Module):
     """The detector: RGB images in, (offsets, logits) out, in training and in evaluation alike.
 
     Args:
-        config: with level_sides left empty, one pass of the network finds them.
+        config: if its level_sides are empty, a forward pass determines them.
         backbone_weights: "imagenet", "none", or a file with the tensors of this timm backbone.
 
     Attributes:
-        config: with level_sides.
+        config: the configuration, with level_sides.
         priors: (P, 4) float32, cxcywh in 0..1.
         level_counts: (priors, priors per cell) of each level, in the order of `priors`.
     """
@@ -211,8 +214,8 @@ class FPNSSD(nn.Module):
 
     @torch.no_grad()
     def _level_sides(self, config: ModelConfig) -> tuple[tuple[int, int], ...]:
-        """(height, width) of P3..P9: backbones round the halves of odd sides in different ways."""
-        self.eval()  # not to change batch statistics
+        """(height, width) of P3..P9, from a forward pass: backbones round half of an odd side up or down."""
+        self.eval()  # so that batch norm statistics do not change
         levels = self.fpn(self.backbone(torch.zeros(1, 3, config.image_size, config.image_size)))
         self.train()
         return tuple(tuple(level.shape[-2:]) for level in levels)
@@ -288,7 +291,7 @@ def decode_offsets(offsets: Tensor, priors: Tensor) -> Tensor:
 
 
 def above_score(scores: torch.Tensor, min_score: float) -> torch.Tensor:
-    """Whether each score counts at a score threshold: the one rule of decoding, metrics, reports and pictures.
+    """Whether each score exceeds a score threshold; decoding, metrics, reports and pictures all use this rule.
 
     Args:
         scores: float32, of any shape.
@@ -319,7 +322,7 @@ def postprocess(
         sizes: B pairs (height, width) of the original images.
         min_score: score threshold.
         max_overlap: NMS IoU threshold: a box that overlaps a better one of its class by more is dropped.
-        top_k: most detections of an image.
+        top_k: maximum number of detections per image.
 
     Returns:
         For each image boxes (m, 4) xyxy in pixels, clipped to the image, scores (m,), labels (m,), best first; equal
@@ -411,7 +414,7 @@ def _suppress_per_class(boxes: Tensor, scores: Tensor, labels: Tensor, max_overl
     counts = labels.bincount().tolist()
     parts = zip(by_label.split(counts), boxes[by_label].split(counts), scores[by_label].split(counts), strict=True)
     kept = [rows[nms(part, part_scores, max_overlap)] for rows, part, part_scores in parts if len(rows)]
-    kept.append(by_label[:0])  # for cat, where there are no boxes
+    kept.append(by_label[:0])  # so that cat has an argument if there are no boxes
     return torch.cat(kept).sort().values
 
 
@@ -420,7 +423,7 @@ def _suppress_per_class(boxes: Tensor, scores: Tensor, labels: Tensor, max_overl
 
 
 class _ModelPickle:
-    """Stands for a model in a checkpoint: pickled as a call of build_model, so that no module's code is in the file.
+    """Pickles a model as a call of build_model with a config and tensors, so that the file needs no other code.
 
     Not FPNSSD.__reduce__: deepcopy also calls it, and would move the copy to the CPU.
     """
@@ -447,8 +450,8 @@ def build_model(config: Any, state_dict: Any) -> FPNSSD:
     """The model of a checkpoint, in float32 and evaluation mode. torch.load calls this, so a hostile file
     can call it with any arguments.
 
-    The config is bounded by ModelConfig, nothing is downloaded, and the network takes no memory (it stands on the meta
-    device) until the type, shape and layout of every tensor agreed.
+    ModelConfig validates the config, nothing is downloaded, and the network stays on the meta device, without memory,
+    until the dtype, shape and layout of every tensor are checked.
 
     Args:
         config: a ModelConfig's fields, as builtins.
@@ -476,15 +479,15 @@ torch.serialization.add_safe_globals([build_model])
 
 
 def _check_state(state: dict[str, Any], expected: dict[str, Tensor]) -> None:
-    """Raises InputError unless the tensors are those expected, each dense and with memory of its own.
+    """Raises InputError unless the state dict has the expected tensors, each dense and with memory of its own.
 
-    A view of a single number with strides of 0 would otherwise take the memory of the whole tensor as soon as it is
-    copied.
+    Otherwise an expanded view of a single number (stride 0) in a small file would take the memory of a whole tensor
+    when it is copied.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    given = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    if shapes != given:
-        wrong = sorted(name for name in shapes | given if shapes.get(name) != given.get(name))
+    actual = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    if shapes != actual:
+        wrong = sorted(name for name in shapes | actual if shapes.get(name) != actual.get(name))
         raise InputError(f"the tensors do not fit the config: {len(wrong)} differ, the first {wrong[0]!r}")
     for name, tensor in state.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
@@ -495,16 +498,17 @@ def _check_state(state: dict[str, Any], expected: dict[str, Tensor]) -> None:
             raise InputError(f"tensor {name!r} is {tensor.dtype}, which is not a supported dtype")
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
     if sum(tensor.nbytes for tensor in state.values()) > sum(storages.values()):
-        raise InputError("several tensors share their memory, which those of a checkpoint never do")
+        raise InputError("several tensors share memory, which those of a checkpoint never do")
 
 
 def save_checkpoint(path: str | Path, model: FPNSSD, kind: str | None = None, **extra: Any) -> None:
-    """Writes {"model": model, "format_version": ..., **extra} whole or not at all.
+    """Writes {"model": model, "format_version": ..., **extra} atomically.
 
     Args:
         path: the file.
-        model: on any device; all tensors go to the CPU first, as the file has to load where there is no GPU.
-        kind: "checkpoint" for an output that may be written again (see utils.check_outputs); a training's own are not.
+        model: on any device; tensors are saved on the CPU, so that the file loads on machines without a GPU.
+        kind: "checkpoint" marks the file as an output that commands may replace (see utils.check_outputs); the
+            checkpoints of a training are not marked.
         extra: tensors and builtins.
     """
     with atomic_write(path, kind) as temporary:
@@ -521,15 +525,15 @@ def _on_cpu(tree: Any) -> Any:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The dict that save_checkpoint wrote, on the CPU, "model" an FPNSSD in evaluation mode.
+    """Returns the dict that save_checkpoint wrote, on the CPU; "model" is an FPNSSD in evaluation mode.
 
     Raises:
         CheckpointError: for any other file; nothing in it has been run.
         FileNotFoundError: if there is none.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}: python train.py makes one, under runs/NAME/best.pth.tar")
+        raise FileNotFoundError(f"no checkpoint {str(path)!r}: python train.py writes one to runs/NAME/best.pth.tar")
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), FPNSSD):
-        raise CheckpointError(f"{path} holds no FPN-SSD model (a checkpoint of train.py has one under 'model')")
+        raise CheckpointError(f"{path} is not a checkpoint of train.py: it has no FPNSSD under 'model'")
     return checkpoint

@@ -1,4 +1,4 @@
-"""Errors, argument types, device and precision, and files that are written whole or not at all."""
+"""Errors, command-line arguments, device and precision, atomic file writes, and checks of output files."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 def error_message(error: BaseException) -> str:
-    """The error as one line. A loader's worker sends a whole traceback as the message: its last line is the error."""
+    """The error as one line: the last line of the message, which for a DataLoader worker is a whole traceback."""
     last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     return re.sub(r"^(\w+\.)+\w*Error: ", "", last_line)  # the class name that a traceback puts before the message
 
@@ -43,8 +43,20 @@ def whole_number(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds defaults to help texts, except None, False and []; a file of this project is shown by its relative path."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        shown = " ".join(str(value).removeprefix(f"{Path(__file__).parent}{os.sep}") for value in values)
+        return f"{action.help} (default: {shown.replace('%', '%%')})"
+
+
 def escape_unprintable() -> None:
-    """From now on, characters that standard output's encoding lacks are printed as escapes instead of raising."""
+    """Prints characters that standard output cannot encode as escapes from now on, instead of raising an error."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -67,11 +79,11 @@ def pick_device(name: str = "auto") -> torch.device:
         name = next(kind for kind, present in available.items() if present)
     if not available.get(name.split(":")[0], False):
         present = ", ".join(kind for kind, present in available.items() if present)
-        raise InputError(f"device {name!r} is not available here; there is: {present} (--device auto picks one)")
+        raise InputError(f"device {name!r} is not available; this machine has {present} (--device auto picks one)")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs, from cuda:0"
+            f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPUs, from cuda:0"
         )
     return device
 
@@ -79,12 +91,12 @@ def pick_device(name: str = "auto") -> torch.device:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 on this device.
 
-    On a CPU that takes AMX or AVX512-BF16 instructions: without them bf16 is emulated, and several times slower.
+    CPUs need AMX or AVX512-BF16 instructions for it: without them bf16 is emulated, and several times slower.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # torch has no public function for this in all versions that requirements.txt admits.
+        # torch has no public function for this in all versions that requirements.txt allows.
         probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
     return False
@@ -136,7 +148,7 @@ def fast_products(device: torch.device, enabled: bool = True) -> Iterator[None]:
     """While the block runs, fp32 convolutions and matrix products use the fast units of the device, if `enabled`.
 
     They multiply in tf32 on a GPU (10 bits of mantissa), in bf16 on a CPU with instructions for it (7 bits), and add in
-    fp32. CPUs without them, and versions of torch that cannot be told so, stay with fp32.
+    fp32. CPUs without them, and versions of torch without these settings, stay with fp32.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
@@ -168,7 +180,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def write_text(path: str | Path, text: str, kind: str | None = None) -> None:
-    """Writes a UTF-8 file whole or not at all (see atomic_write)."""
+    """Writes a UTF-8 file atomically (see atomic_write)."""
     with atomic_write(path, kind) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
@@ -177,12 +189,12 @@ def write_text(path: str | Path, text: str, kind: str | None = None) -> None:
 def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[str]:
     """Yields the path of an empty temporary file beside `path`, which replaces `path` when the block ends.
 
-    If the block raises, `path` stays as it was. A symbolic link stays: the file that it leads to is replaced. A device,
-    a pipe or an open stream (/dev/null, /dev/stdout, a fifo) is written to and stays what it is.
+    If the block raises, `path` is unchanged. If `path` is a symbolic link, its target is replaced. A device, a pipe or
+    an open stream (/dev/null, /dev/stdout, a fifo) is written to, not replaced.
 
     Args:
         path: the file to write. Missing folders are made.
-        kind: of an output (see check_outputs): the file gets its mark.
+        kind: kind of output, whose mark is added to the file (see check_outputs).
     """
     path = Path(path)
     if (descriptor := _open_descriptor(path)) is not None or is_special(path):
@@ -209,7 +221,7 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[str]:
         if sys.platform != "win32":  # where folders cannot be opened
             folder = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the new name has to outlive a power cut too
+                os.fsync(folder)  # so that the new name survives a power failure too
             finally:
                 os.close(folder)
     finally:
@@ -218,29 +230,29 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# An output is never one of the user's files
+# Outputs never replace the user's files
 
 BINARY_KINDS = ("picture", "video", "checkpoint", "exported")
-EXPORT_KEY = "fpn_ssd_source"  # in the metadata of exported files, which stand at their end
+EXPORT_KEY = "fpn_ssd_source"  # in the metadata at the end of exported files
 MODEL_SUFFIXES = (".pth", ".tar", ".pt", ".onnx", ".bin", ".safetensors")
 
 
 def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iterable = (), overwrite=False) -> None:
-    """Refuses outputs that would replace a file of the user's. Commands call it before any work.
+    """Checks that no output would replace one of the user's files. Commands call it before any other work.
 
-    An output may be a new file, or one that this program wrote as the same kind of output before, but no input of the
-    call. How it knows: what it writes ends in a mark of 16 blanks and tabs that spell the kind in bits. Readers of
-    JSON, XML, HTML and of the text files of YOLO and VOC pass over blanks; in a picture or video the mark follows the
-    content, in a box of type free; in a checkpoint it is the archive's comment. Exported files have metadata instead.
+    An output may be a new file, or a file that this program wrote before as the same kind of output, but never an
+    input. Its own files end in a mark: 16 spaces and tabs that encode the kind in binary. Parsers of JSON, XML, HTML
+    and of the text files of YOLO and VOC ignore trailing blanks; in a picture or video the mark follows the content,
+    in a box of type free; in a checkpoint it is the comment of the zip archive. Exported files have metadata instead.
 
     Args:
-        outputs: pairs (kind, path); a path of None or "-" is passed over, and so are devices and pipes. Kinds are
-            names such as "report"; those of BINARY_KINDS are not text.
-        inputs: what this call reads: paths, or file_ids of them where the function is called often.
-        overwrite: --overwrite was given: existing files are replaced, though no inputs.
+        outputs: pairs (kind, path); paths that are None or "-", devices and pipes are skipped. Kinds are names such as
+            "report"; those of BINARY_KINDS are not text.
+        inputs: the paths of the input files, or the result of file_ids for them if this function is called often.
+        overwrite: whether existing files other than inputs may be replaced (--overwrite).
 
     Raises:
-        InputError: naming the first output that may not be written, and what to do.
+        InputError: for the first output that may not be written; the message says what to do.
     """
     ids = inputs if isinstance(inputs, frozenset) else file_ids(path for path in inputs if path)
     seen: set[str] = set()
@@ -249,7 +261,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
             continue
         path = Path(name)
         if (real := os.path.realpath(path)) in seen:
-            raise InputError(f"{path} would be written twice by this call: name different files")
+            raise InputError(f"{path} would be written twice: name different files")
         seen.add(real)
         if kind not in BINARY_KINDS and path.suffix.lower() in MODEL_SUFFIXES:
             raise InputError(f"{path} is the name of a model, but a {kind} would be written to it: choose another name")
@@ -258,7 +270,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
         if blocking := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
             raise InputError(f"{path} cannot be written: {blocking} is a file, not a folder")
         if file_ids([path]) & ids:
-            raise InputError(f"{path} is an input of this call and would be written over: choose another name")
+            raise InputError(f"{path} is an input and would be overwritten: choose another name")
         if path.exists() and not overwrite and not is_own_output(path, kind):
             raise InputError(
                 f"{path} exists already and is not a {kind} file that this program wrote: choose another name, or add "
@@ -267,7 +279,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
 
 
 def file_ids(paths: Iterable[str | Path]) -> frozenset:
-    """What identifies each existing file whatever name leads to it; paths that lead to none are passed over."""
+    """Device and inode numbers of the files, which do not depend on the path; missing files are skipped."""
     ids = set()
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
@@ -291,12 +303,12 @@ def is_own_output(path: Path, kind: str) -> bool:
 
 
 def output_mark(kind: str) -> str:
-    """16 blanks and tabs that spell the kind of an output in bits."""
+    """16 spaces and tabs that encode the kind of an output in binary."""
     return f"{zlib.crc32(kind.encode()) % 2**16:016b}".replace("0", " ").replace("1", "\t")
 
 
 def _append_mark(path: str, kind: str) -> None:
-    """Marks a file that is about to become an output of this kind."""
+    """Adds the mark of an output of this kind to a file."""
     mark = output_mark(kind).encode()
     with open(path, "rb+") as file:
         is_zip = file.read(4) == b"PK\3\4"

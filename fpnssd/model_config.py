@@ -1,4 +1,4 @@
-"""The configuration of a network: what a checkpoint or an exported file holds beside the tensors."""
+"""The configuration of a network, which checkpoints and exported files hold beside the tensors."""
 
 import math
 import re
@@ -38,30 +38,32 @@ def ssd_prior_shapes(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides a network's shape. A checkpoint carries it, so it holds builtins alone.
+    """Everything that determines the shapes of a network, as builtins, as checkpoints contain it.
 
     Raises:
-        InputError: for values out of bounds. A config may come out of a file that somebody else made: every value
-            that sizes memory, names code or could reach the network is bounded here.
+        InputError: for values out of bounds. A config may come from an untrusted file: every value that determines
+            memory, names code or could cause a download is checked here.
     """
 
     classes: tuple[str, ...] = ()  # names of labels 1..C, in order
     backbone: str = "resnet50"  # a timm name, weight tag optional
-    image_size: int = 300  # side of the square the network sees
+    image_size: int = 300  # side of the square input, in pixels
     fpn_channels: int = 256
-    fpn: str = "fpn"  # or original: of the project that this one descends from (fpnssd/legacy/network.py)
+    fpn: str = "fpn"  # or original: the FPN of the original project (fpnssd/legacy/network.py)
     prior_shapes: Shapes = ssd_prior_shapes()  # (width, height) of the priors of a cell, for each of P3..P9
     level_sides: tuple[tuple[int, int], ...] = ()  # (height, width) of P3..P9; (): FPNSSD fills them in
-    category_ids: tuple[int, ...] = ()  # of the classes in the training list, for results in COCO's form; (): 1..C
+    category_ids: tuple[int, ...] = ()  # of the classes in the training list, for COCO results; (): 1..C
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             shown = reprlib.repr(self.format_version)
-            raise InputError(f"model format version {shown}: this code reads 1 and {FORMAT_VERSION}; update it")
+            raise InputError(f"model format version {shown}: this code reads 1 and {FORMAT_VERSION}: update the code")
         if not (isinstance(self.backbone, str) and re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?", self.backbone)):
             shown = reprlib.repr(self.backbone)
-            raise InputError(f"backbone {shown} is no plain timm name, such as resnet50 (hub addresses are not)")
+            raise InputError(
+                f"backbone {shown} is not a plain timm name such as resnet50 (hub addresses are not allowed)"
+            )
         if self.fpn not in ("fpn", "original"):
             raise InputError(f"fpn {reprlib.repr(self.fpn)} is not one of fpn, original")
         for name, low, high in (("image_size", 64, 2048), ("fpn_channels", 2, 2048)):
@@ -72,7 +74,7 @@ class ModelConfig:
         self._check_priors()
 
     def _set(self, name: str, value: tuple) -> None:
-        object.__setattr__(self, name, value)  # a list of JSON becomes the tuple that it was
+        object.__setattr__(self, name, value)  # JSON turns tuples into lists
 
     def _check_classes(self) -> None:
         names = self.classes
@@ -85,7 +87,7 @@ class ModelConfig:
             raise InputError(f"classes named twice: {', '.join(repeated)}")
         self._set("classes", tuple(names))
         ids = self.category_ids or tuple(range(1, len(names) + 1))
-        if not isinstance(ids, (list, tuple)) or not all(type(one) is int and 0 <= one < 2**63 for one in ids):
+        if not isinstance(ids, (list, tuple)) or not all(type(number) is int and 0 <= number < 2**63 for number in ids):
             raise InputError(f"category_ids must be whole numbers from 0, not {reprlib.repr(ids)}")
         if not len(set(ids)) == len(ids) == len(names):
             raise InputError(f"category_ids must be {len(names)} different numbers, one for each class")
@@ -104,10 +106,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, content: Any) -> "ModelConfig":
-        """The ModelConfig that a checkpoint or exported file of format version 1 or 2 holds.
+        """Makes a ModelConfig from the content of a checkpoint or exported file of format version 1 or 2.
 
         Args:
-            content: field names -> values, as dataclasses.asdict gives them.
+            content: field names -> values, as from dataclasses.asdict.
 
         Raises:
             InputError: for fields or values that this code does not know.
@@ -131,20 +133,20 @@ OLD_FIELDS = {"trunk", "scales", "aspect_ratios", "neck", "single_ratios", "clam
 
 
 def _from_version1(content: dict[str, Any]) -> dict[str, Any]:
-    """A config of version 1, which has a trunk, a neck, and scales and aspect ratios, as one of version 2."""
+    """Converts a config of version 1, which has a trunk, a neck, scales and aspect ratios, to version 2."""
     old = {name: content[name] for name in OLD_FIELDS & set(content)}
     scales, aspect_ratios = old.get("scales", SCALES), old.get("aspect_ratios", ASPECT_RATIOS)
     last_square, neck = old.get("last_square", 0.0), old.get("neck", "fpn")
-    lists = all(isinstance(one, (list, tuple)) and len(one) == 7 for one in (scales, aspect_ratios))
+    lists = all(isinstance(part, (list, tuple)) and len(part) == 7 for part in (scales, aspect_ratios))
     if not lists or not all(isinstance(level, (list, tuple)) and len(level) <= 7 for level in aspect_ratios):
         raise InputError("scales and aspect ratios need one entry for each of the 7 levels, at most 7 ratios in each")
     numbers = [*scales, last_square or 1.0, *(ratio for level in aspect_ratios for ratio in level)]
     if not all(isinstance(number, (int, float)) and 0 < number <= 16 for number in numbers):
         raise InputError(f"scales and aspect ratios must be numbers in (0, 16], not {reprlib.repr(numbers)}")
     if neck not in ("fpn", "original"):
-        raise InputError(f"neck {reprlib.repr(neck)} is not there any more: the network always has an FPN")
+        raise InputError(f"neck {reprlib.repr(neck)} was removed: the network always has an FPN")
     shapes = list(ssd_prior_shapes(scales, aspect_ratios))
-    if old.get("single_ratios"):  # each ratio for itself, without its inverse
+    if old.get("single_ratios"):  # each ratio alone, without its inverse
         shapes = [level[:2] + level[2::2] for level in shapes]
     if last_square:
         shapes[-1] = (shapes[-1][0], (last_square, last_square), *shapes[-1][2:])
@@ -156,7 +158,7 @@ def _from_version1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(name: str, value: Any, types: tuple[type, ...], largest: float) -> tuple[tuple[Any, Any], ...]:
-    """A field's list of pairs of numbers as tuples. InputError if it is none."""
+    """Converts a field's list of pairs of numbers to tuples. Raises an InputError if it is anything else."""
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
         raise InputError(f"{name} must be lists of up to 16 pairs of numbers, not {reprlib.repr(value)}")
     for pair in value:

@@ -1,7 +1,8 @@
-"""torch.load for files that anybody may have made: what they cost is checked before anything is built.
+"""torch.load for untrusted files: the memory and time that they would take is checked before anything is built.
 
 torch's weights_only loader runs no foreign code, but it builds whatever a file describes: 2 kB of nested tuples take
-minutes to hash, a compressed archive grows a thousandfold. Here the archive and the pickle's instructions come first.
+minutes to hash, a compressed archive grows a thousandfold. Here the archive and the opcodes of the pickle are checked
+first.
 """
 
 import os
@@ -15,7 +16,7 @@ import torch
 
 from utils import InputError
 
-MAX_OBJECTS, MAX_DEPTH = 5_000_000, 100  # an object counts as often as it is referred to
+MAX_OBJECTS, MAX_DEPTH = 5_000_000, 100  # an object counts once per reference
 # The names a pickle may hold beside torch's dtypes and storages; torch.load refuses more of them.
 NAMES = {
     "model build_model",
@@ -30,7 +31,7 @@ CONSTANTS = {
     "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
     "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
 }  # fmt: skip
-# How many objects of the stack an instruction takes; "mark" is all down to the mark.
+# How many objects an opcode pops from the stack; "mark": all above the mark.
 BUILT_FROM: dict[str, int | str] = {
     "EMPTY_TUPLE": 0, "EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3,
     "TUPLE": "mark", "LIST": "mark", "DICT": "mark", "FROZENSET": "mark", "REDUCE": 2, "BINPERSID": 1,
@@ -46,11 +47,11 @@ ADDED_TO: dict[str, int | str] = {
 
 
 class CheckpointError(InputError):
-    """A file that is no checkpoint of ours, or one that is not safe to load."""
+    """A file that is not a checkpoint of this project, or is not safe to load."""
 
 
 def load_tensors(path: str | Path) -> Any:
-    """The content of a checkpoint, on the CPU, by torch.load with weights_only=True.
+    """Loads the content of a checkpoint to the CPU, by torch.load with weights_only=True.
 
     Args:
         path: a zip file that torch.save wrote.
@@ -73,19 +74,19 @@ def load_tensors(path: str | Path) -> Any:
         EOFError,
         AttributeError,
     ) as error:
-        # Without torch's own words: they advise to load the file unsafely.
+        # Without torch's own message, which advises to load the file unsafely.
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__} while it was read)"
+            f"{path} is damaged or not a checkpoint ({type(error).__name__} while it was read)"
         ) from error
     return content
 
 
 def check_file(path: str | Path, old_format: bool = False) -> None:
-    """Raises CheckpointError unless torch.load can read the file at a cost that its size explains.
+    """Raises CheckpointError unless the cost of torch.load is in proportion to the size of the file.
 
     Args:
         path: the file.
-        old_format: also take the format of torch before 1.6, in which weights of backbones are still given away.
+        old_format: also accept the format of torch before 1.6, in which weights of backbones are still published.
     """
     size = os.path.getsize(path)
     try:
@@ -102,14 +103,14 @@ def check_file(path: str | Path, old_format: bool = False) -> None:
                 return
     except CheckpointError as error:
         raise CheckpointError(f"{path} was refused, and nothing in it was run: it {error}") from None
-    except Exception as error:  # whatever a damaged file makes zipfile and pickletools raise
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({error})") from error
-    raise CheckpointError(f"{path} is no checkpoint of train.py (not a zip file; cut short, or something else)")
+    except Exception as error:  # any exception that zipfile and pickletools raise for a damaged file
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({error})") from error
+    raise CheckpointError(f"{path} is not a checkpoint of train.py: it is not a zip file, or truncated")
 
 
 HINT = (
-    "; checkpoints of train.py hold no other names than torch's. If it is of the original FPN-SSD300 project, "
-    "python -m fpnssd.legacy.convert {} NEW.pth.tar makes one of ours of it without running it"
+    "; checkpoints of train.py refer to no names other than torch's. If it is of the original FPN-SSD300 project, "
+    "python -m fpnssd.legacy.convert {} NEW.pth.tar converts it without running it"
 )
 
 
@@ -132,10 +133,10 @@ def pickle_of_zip(path: str | Path) -> IO[bytes]:
 
 
 def _check_pickle(file: IO[bytes], size: int) -> None:
-    """Raises CheckpointError for a pickle that names code, or describes more objects than it could honestly hold.
+    """Raises CheckpointError for a pickle that names code, or describes more objects than any checkpoint has.
 
-    Follows the pickle's stack with [objects, depth, numbers] in place of each object, an object counting as often as it
-    is referred to: hashing and printing visit it as often.
+    Simulates the pickle's stack with [objects, depth, numbers] in place of each object. An object counts once per
+    reference, as hashing and printing visit it that often.
     """
     stack: list[list] = []
     marks: list[int] = []  # how many objects the stack had at each mark
@@ -165,7 +166,7 @@ def _check_pickle(file: IO[bytes], size: int) -> None:
         elif name == "STOP":
             return
         elif name != "PROTO":
-            raise CheckpointError(f"has the instruction {name}, which torch.save never writes")
+            raise CheckpointError(f"has the opcode {name}, which torch.save never writes")
     raise CheckpointError("ends before its content does")
 
 
@@ -181,7 +182,7 @@ def _joined(target: list, parts: list[list]) -> list:
     target[0] += sum(part[0] for part in parts)
     target[1] = max([target[1], *(part[1] + 1 for part in parts)])
     if target[0] > MAX_OBJECTS or target[1] > MAX_DEPTH:
-        raise CheckpointError("nests its objects deeper or more often than any checkpoint")
+        raise CheckpointError("nests its objects deeper or repeats them more often than any checkpoint")
     return target
 
 

@@ -327,7 +327,7 @@ def hostile_config(**changes):
         ({"backbone": "hf-hub:someone/model"}, "plain timm name"),
         ({"backbone": "../../etc"}, "plain timm name"),
         ({"backbone": "local-dir:/tmp/x"}, "plain timm name"),
-        ({"backbone": "no_such_backbone"}, "knows no backbone"),
+        ({"backbone": "no_such_backbone"}, "has no model"),
         ({"image_size": 10**9}, "image_size is 1000000000"),
         ({"image_size": 300.0}, "image_size"),
         ({"fpn_channels": 10**9}, "fpn_channels"),

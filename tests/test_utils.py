@@ -1,5 +1,6 @@
 """Files written whole or not at all, and what is written to in place: devices, pipes, standard output."""
 
+import argparse
 import os
 import stat
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import InputError, atomic_write, pick_device, write_text
+from model import DEFAULT_CHECKPOINT
+from utils import HelpFormatter, InputError, atomic_write, pick_device, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,5 +81,16 @@ def test_standard_output_in_a_file_keeps_what_is_printed(name, tmp_path):
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(InputError, match="device 'tpu' is not available here"):
+    with pytest.raises(InputError, match="device 'tpu' is not available"):
         pick_device("tpu")
+
+
+def test_help_texts_show_useful_defaults_alone():
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    for name, default in (("none", None), ("flag", False), ("names", []), ("zero", 0), ("pair", [1, 2])):
+        parser.add_argument(f"--{name}", default=default, help=f"the {name}")
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="the file")
+    lines = " ".join(parser.format_help().split())
+    for part in ("--none NONE the none --flag FLAG the flag --names NAMES the names --zero ZERO the zero (default: 0)",
+                 "the pair (default: 1 2)", "the file (default: checkpoint/fpnssd300_lite_voc.pth.tar)"):  # fmt: skip
+        assert part in lines

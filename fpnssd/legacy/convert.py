@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("old", help="the original project's file")
     parser.add_argument("new", help="file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that this program did not write, too")
+    parser.add_argument("--overwrite", action="store_true", help="also replace a file that this program did not write")
     args = parser.parse_args(argv)
     try:
         check_outputs([("checkpoint", args.new)], [args.old], args.overwrite)
@@ -127,7 +127,7 @@ def old_name(name: str) -> str | None:
 
 
 class Inert:
-    """Stands for an object of a class that is not trusted: holds its state as attributes, and does nothing."""
+    """Replaces an object of an untrusted class: keeps its state as attributes, and does nothing."""
 
     dump_patches = False  # torch.load asks a module for it where its source code has changed
 
@@ -179,8 +179,8 @@ def read_old(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", pickle_module=RESTRICTED_PICKLE, weights_only=False)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused, and nothing in it was run: it {error}") from None
-    except Exception as error:  # whatever a damaged or foreign pickle makes the reader raise
-        raise CheckpointError(f"{path} is no checkpoint that can be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # any exception that a damaged or foreign pickle causes
+        raise CheckpointError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 
 def tensors_of(module: Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
