@@ -1,4 +1,4 @@
-"""Makes checked data lists (COCO JSON), one for each split, of a data set in VOC, COCO or YOLO format.
+"""Makes checked data lists (COCO JSON), one per split, from a data set in VOC, COCO or YOLO format.
 
     python create_data_lists.py --voc VOCdevkit/VOC2012 --splits train val --out data/voc2012
     python create_data_lists.py --voc VOCdevkit/VOC2007 VOCdevkit/VOC2012 --splits trainval test --out data/voc0712
@@ -13,8 +13,8 @@ box sizes and aspects beside the priors. No list is made for a split without obj
 of one that loses more than half of its objects (unless --allow-loss); --strict makes none if anything was
 left out or changed.
 
-Data without splits are divided into train and val: each class by --val-share, the same way for the same --seed, and
-near-duplicates, frames of one video and Roboflow's copies of a photograph together.
+Data without splits are divided into train and val: each class by --val-share, reproducibly for a given --seed.
+Near-duplicates, frames of one video and Roboflow's copies of a photograph stay in one split.
 """
 
 import argparse
@@ -67,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.download:
             args.voc = [download_voc(name, Path(args.root)) for name in args.download]
         names, val_share = choose_splits(args)
-        known = None  # classes that the data itself names, with their ids
+        known = None  # classes that the data set itself names, with their ids
         if args.voc:
             whole = len(names) == 1 and not find_voc_splits(args.voc)
-            found = [read_voc(args.voc, split, args.unlabelled, whole) for split in names]
+            annotations = [read_voc(args.voc, split, args.unlabelled, whole) for split in names]
         elif args.coco:
-            found, known = read_coco(args.coco, names, args.images)
+            annotations, known = read_coco(args.coco, names, args.images)
         else:
-            found, known = read_yolo(args.yolo, names, args.unlabelled)
+            annotations, known = read_yolo(args.yolo, names, args.unlabelled)
         options = {name: getattr(args, name) for name in ("strict", "image_size", "unlabelled", "allow_loss", "seed")}
-        create_data_lists(found, Path(args.out), known, args.classes, val_share=val_share, **options)
+        create_data_lists(annotations, Path(args.out), known, args.classes, val_share=val_share, **options)
     except (InputError, OSError) as error:
         sys.exit(f"create_data_lists: {error}")
 
@@ -89,30 +89,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--voc", nargs="+", type=Path, metavar="FOLDER", help="with Annotations, ImageSets/Main and JPEGImages"
     )
-    source.add_argument("--coco", nargs="+", type=Path, metavar="JSON", help="a file for each of --splits")
+    source.add_argument("--coco", nargs="+", type=Path, metavar="JSON", help="one file for each of --splits")
     source.add_argument("--yolo", type=Path, metavar="PATH", help="data.yaml, obj.data or classes.txt, or its folder")
-    source.add_argument("--download", nargs="+", choices=DOWNLOADS, help="fetch these and read them as --voc")
-    parser.add_argument("--splits", nargs="+", help="their names (train val, or what the data has to divide)")
+    source.add_argument("--download", nargs="+", choices=DOWNLOADS, help="download these and read them as --voc")
     parser.add_argument(
-        "--val-share", type=share, metavar="SHARE", help="divide the data into train and val, this share of each class"
+        "--splits", nargs="+", help="names of the splits (default: train val, or the split that is divided)"
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of that division (0)")
-    parser.add_argument("--images", nargs="+", type=Path, metavar="FOLDER", help="for --coco: one, or one for each")
-    parser.add_argument("--root", default="data", help="where --download puts its VOCdevkit (data)")
-    parser.add_argument("--out", required=True, help="folder that gets SPLIT.json for each split")
+    parser.add_argument(
+        "--val-share",
+        type=share,
+        metavar="SHARE",
+        help="divide the data into train and val; share of each class that goes to val",
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of that division (default: 0)")
+    parser.add_argument(
+        "--images", nargs="+", type=Path, metavar="FOLDER", help="of --coco: one for all files, or one for each"
+    )
+    parser.add_argument("--root", default="data", help="folder to which --download writes VOCdevkit (default: data)")
+    parser.add_argument("--out", required=True, help="folder to which SPLIT.json of each split is written")
     parser.add_argument(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="the classes in label order, one a line; 'vehicle = car, bus' joins. Or the word voc: VOC's twenty",
+        help="the classes in label order, one per line; 'vehicle = car, bus' merges two. Or voc: VOC's twenty",
     )
     parser.add_argument(
-        "--unlabelled", action="store_true", help="images need no annotation and splits no object, as in test sets"
+        "--unlabelled", action="store_true", help="allow images without annotation and splits without objects"
     )
-    parser.add_argument("--allow-loss", action="store_true", help="write lists though most objects were left out")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
+    parser.add_argument("--allow-loss", action="store_true", help="write lists even if most objects were left out")
+    parser.add_argument("--overwrite", action="store_true", help="also replace files that this program did not write")
     parser.add_argument("--strict", action="store_true", help="write no lists if anything is left out or changed")
-    parser.add_argument("--image-size", type=whole_number(1), default=300, help="of the network, for the check (300)")
+    parser.add_argument(
+        "--image-size", type=whole_number(1), default=300, help="of the network, for the check (default: 300)"
+    )
     args = parser.parse_args(argv)
     if args.splits and len(set(args.splits)) < len(args.splits):
         parser.error(f"--splits names one twice: {' '.join(args.splits)}")
@@ -130,7 +139,7 @@ def share(text: str) -> float:
 
 
 def choose_splits(args: argparse.Namespace) -> tuple[list[str], float | None]:
-    """The splits to read, and the share of val where there is one, to be divided into train and val.
+    """The splits to read; and the share of val if a single split is to be divided into train and val, else None.
 
     Raises:
         InputError: --val-share is given for data that has several splits, and no --splits says which is meant.
@@ -138,17 +147,17 @@ def choose_splits(args: argparse.Namespace) -> tuple[list[str], float | None]:
     if args.splits:
         return args.splits, args.val_share
     if args.coco:
-        there = {"train", "val"} if len(args.coco) > 1 else set()
+        existing = {"train", "val"} if len(args.coco) > 1 else set()
     else:
-        there = find_yolo_splits(args.yolo) if args.yolo else find_voc_splits(args.voc)
-    if (name := split_to_divide(there)) is None:
+        existing = find_yolo_splits(args.yolo) if args.yolo else find_voc_splits(args.voc)
+    if (name := split_to_divide(existing)) is None:
         if args.val_share is not None:
-            raise InputError(f"--val-share: say with --splits which of {', '.join(sorted(there))} is to be divided")
+            raise InputError(f"--val-share: say with --splits which of {', '.join(sorted(existing))} is to be divided")
         return ["train", "val"], None
     if name == ALL:
-        print("the data has no splits: train and val are made of it")
+        print("the data set has no splits: it is divided into train and val")
     else:
-        print(f"the data has no val: its split {name!r} is divided into train and val")
+        print(f"the data set has no val: its split {name!r} is divided into train and val")
     return [name], VAL_SHARE if args.val_share is None else args.val_share
 
 
@@ -161,7 +170,7 @@ def outputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
 
 def create_data_lists(
-    found: Sequence[SplitAnnotations],
+    annotations: Sequence[SplitAnnotations],
     out: Path,
     known: dict[str, int] | None = None,
     class_file: Path | None = None,
@@ -176,26 +185,26 @@ def create_data_lists(
     """Checks the splits that a reader returned and writes OUT/SPLIT.json for each, all or none, and check.json, .png.
 
     Args:
-        found: what the reader returned for each split.
+        annotations: what the reader returned for each split.
         out: the folder to write to.
-        known: {class name: category id} that the data itself states; None takes the classes from the objects.
-        class_file: what --classes names: a file, or the word "voc".
+        known: {class name: category id} from the data set itself; None takes the classes from the objects.
+        class_file: the argument of --classes: a file, or the word "voc".
         strict: write no lists if anything was left out or changed.
         image_size: of the network, for the statistics.
         unlabelled: allow splits without objects.
         allow_loss: allow splits that lost more than half of their objects.
-        val_share: of each class, in 0..1, to divide what was found into train and val; None keeps its splits.
+        val_share: of each class, in 0..1, to divide the annotations into train and val; None keeps the splits.
         seed: of that division.
         picture: also draw OUT/check.png.
 
     Returns:
-        The report, as check.json holds it.
+        The report, as in check.json.
 
     Raises:
         DataError: a list cannot be made, or one of the rules above forbids it.
     """
     splits: list[Split] = []
-    for part in found:
+    for part in annotations:
         results = check_images(part, image_size)
         if val_share is None:
             splits.append(collect_results(part.name, part, results))
@@ -222,35 +231,38 @@ def create_data_lists(
 
 
 def check_split(split: Split, unlabelled: bool, allow_loss: bool, strict: bool) -> None:
-    """Refuses a split from which a network would learn little but background.
+    """Rejects a split that cannot be used for training.
 
     Raises:
         DataError: it has no image; it has no objects and is not `unlabelled`; it lost more than half of its objects, or
             more than half of its annotations cannot be read, and `allow_loss` is not set; no box is larger than a
-            pixel, so that its numbers must be of another unit; or `strict` is set and anything was left out or changed.
+            pixel, so that they must have another unit; or `strict` is set and anything was left out or changed.
     """
     if not split.images:
         raise DataError(f"no usable image in {split.name}: no list was written")
     kinds = Counter(problem.kind for problem in split.problems)
-    objects = [one for image in split.images for one in image.objects]
-    # Objects of classes that were not chosen are no loss, nor are second copies of an object.
-    wanted = split.annotated - kinds["class that was not chosen"] - kinds["object twice"]
-    if all(one.crowd for one in objects) and not unlabelled:
+    objects = [obj for image in split.images for obj in image.objects]
+    # Objects of classes that were not chosen, and second copies of an object, do not count as lost.
+    expected = split.annotated - kinds["class that was not chosen"] - kinds["object twice"]
+    if all(obj.crowd for obj in objects) and not unlabelled:
         but = f" but {len(objects)} with iscrowd 1, which training ignores" if objects else ""
         raise DataError(
             f"{split.name} has no objects{but} ({split.annotated} were annotated), so no list was written"
             f"{reasons(split)}. If its images are meant to have none, pass --unlabelled"
         )
-    for what, lost, total in (("objects", wanted - len(objects), wanted), ("annotations", split.unread, split.given)):
+    for what, lost, total in (
+        ("objects", expected - len(objects), expected),
+        ("annotations", split.unread, split.total),
+    ):
         if lost > total / 2 and not allow_loss:
             raise DataError(
                 f"{split.name} would lose {lost} of its {total} {what}, so no list was written{reasons(split)}. "
                 "If that is right, pass --allow-loss"
             )
-    if objects and all(max(x1 - x0, y1 - y0) <= 1 for x0, y0, x1, y1 in (one.box for one in objects)):
+    if objects and all(max(x1 - x0, y1 - y0) <= 1 for x0, y0, x1, y1 in (obj.box for obj in objects)):
         raise DataError(
             f"{split.name}: none of the {len(objects)} boxes is larger than a pixel, so no list was written. If they "
-            "are in 0..1 of the image, multiply them by its width and height; only YOLO's are written so"
+            "are in 0..1 of the image, multiply them by its width and height; only YOLO's boxes are relative"
         )
     serious = [(kind, count) for kind, count in kinds.most_common() if kind not in NOTED]
     if strict and serious:
@@ -266,7 +278,7 @@ def reasons(split: Split) -> str:
     return ": " + "; ".join(parts) if parts else ""
 
 
-def check_images(found: SplitAnnotations, image_size: int) -> list[CheckResult]:
+def check_images(annotations: SplitAnnotations, image_size: int) -> list[CheckResult]:
     """Reads and checks all images of a split, in threads."""
 
     def check(parse: Callable[[], Record]) -> CheckResult:
@@ -275,10 +287,10 @@ def check_images(found: SplitAnnotations, image_size: int) -> list[CheckResult]:
         except DataError as error:
             return None, [Problem(error.kind, str(error))], None
         annotated = len(record.objects) + count_left_out(record.problems)
-        return *check_image(record, found.image_root, image_size), annotated
+        return *check_image(record, annotations.image_root, image_size), annotated
 
-    results = map_in_threads(check, found.records)  # decoding releases the GIL
-    return list(tqdm(results, f"checking {found.name}", len(found.records), disable=None, unit="image"))
+    results = map_in_threads(check, annotations.records)  # decoding releases the GIL
+    return list(tqdm(results, f"checking {annotations.name}", len(annotations.records), disable=None, unit="image"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,9 +303,9 @@ def choose_classes(
     class_file: Path | None = None,
     unlabelled: bool = False,
 ) -> Classes:
-    """Chooses the classes of the lists and prints which.
+    """Chooses the classes of the lists and prints the choice.
 
-    They are those of `class_file`; or else `known`, those that the data set names itself. A VOC folder names none: see
+    They are those of `class_file`, or else `known`, those that the data set itself names. A VOC folder names none: see
     classes_of_objects.
 
     Args:
@@ -305,14 +317,16 @@ def choose_classes(
     Raises:
         DataError: the class file cannot be used, or there are no objects to take the classes from.
     """
-    met, known = {one.name for split in splits for image in split.images for one in image.objects}, known or {}
+    present, known = {obj.name for split in splits for image in split.images for obj in image.objects}, known or {}
     if class_file:
         joined = {name: [name] for name in VOC_CLASSES} if str(class_file) == "voc" else read_class_file(class_file)
-        absent = sorted(name for parts in joined.values() for name in parts if name not in {*met, *known})
+        absent = sorted(name for parts in joined.values() for name in parts if name not in {*present, *known})
         if absent:
-            print(f"note: {class_file} names {', '.join(absent)}, of which the data has no object", file=sys.stderr)
-        found = [[known[part] for part in parts if part in known] for parts in joined.values()]
-        ids = [of_class[0] for of_class in found if of_class]
+            print(
+                f"note: the data set has no objects of {', '.join(absent)}, which {class_file} names", file=sys.stderr
+            )
+        known_ids = [[known[part] for part in parts if part in known] for parts in joined.values()]
+        ids = [of_class[0] for of_class in known_ids if of_class]
         if len(set(ids)) < len(joined):
             ids = list(range(1, len(joined) + 1))
         print(f"classes: the {len(joined)} of --classes {class_file}")
@@ -321,34 +335,34 @@ def choose_classes(
     if known:
         print(f"classes: the {len(known)} that the data set names")
         return Classes(known, {name: name for name in known})
-    if not met and not unlabelled:
+    if not present and not unlabelled:
         causes = next((text for split in splits if (text := reasons(split))), "")
         raise DataError(f"no image has an object, so the classes are unknown: name them with --classes FILE{causes}")
-    names = classes_of_objects(met)
+    names = classes_of_objects(present)
     return Classes({name: label for label, name in enumerate(names, start=1)}, {name: name for name in names})
 
 
-def classes_of_objects(met: set[str]) -> tuple[str, ...]:
+def classes_of_objects(present: set[str]) -> tuple[str, ...]:
     """The classes of a data set that names none itself: those of its objects, sorted.
 
-    Where these are more than half of VOC's and no others, they are VOC's twenty in VOC's order, as they are where there
-    are no objects. Prints which was chosen.
+    If there are no objects, or only objects of VOC's classes, of more than half of them, the classes are VOC's twenty,
+    in VOC's order. Prints the choice.
     """
-    of_voc = met & set(VOC_CLASSES)
+    of_voc = present & set(VOC_CLASSES)
     most = len(of_voc) > len(VOC_CLASSES) / 2
-    if not met or (most and of_voc == met):
-        print(f"classes: VOC's {len(VOC_CLASSES)}, in VOC's order; the data has objects of {len(met)}")
+    if not present or (most and of_voc == present):
+        print(f"classes: VOC's {len(VOC_CLASSES)}, in VOC's order; the data set has objects of {len(present)}")
         return VOC_CLASSES
-    hint = " (VOC's twenty: --classes voc)" if of_voc == met else ""
-    print(f"classes: the {len(met)} of the objects, sorted{hint}")
+    hint = " (VOC's twenty: --classes voc)" if of_voc == present else ""
+    print(f"classes: the {len(present)} of the objects, sorted{hint}")
     if most:
-        names = ", ".join(sorted(met - of_voc))
+        names = ", ".join(sorted(present - of_voc))
         print(f"note: {names} are not VOC classes, the others are; if that is a mistake, correct it", file=sys.stderr)
-    return tuple(sorted(met))
+    return tuple(sorted(present))
 
 
 def read_class_file(path: Path) -> dict[str, list[str]]:
-    """Returns {class name: the names in the data that it stands for}, from lines 'name' or 'name = one, another'.
+    """Returns {class name: its names in the data}, from lines 'name' or 'name = first, second'.
 
     Raises:
         DataError: the file names no class or one twice, or a name cannot be written to lists and XML.
@@ -384,19 +398,19 @@ def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
         height, width = image.size
         row = {"id": image_id, "file_name": image.file_name, "height": height, "width": width}
         images.append({**row, "apply_exif": True} if image.apply_exif else row)
-        for one in image.objects:
-            x0, y0, x1, y1 = one.box
+        for obj in image.objects:
+            x0, y0, x1, y1 = obj.box
             annotation = {
                 "id": len(annotations) + 1,
                 "image_id": image_id,
-                "category_id": classes.ids[one.name],
+                "category_id": classes.ids[obj.name],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": (x1 - x0) * (y1 - y0) if one.area is None else one.area,
-                "iscrowd": int(one.crowd),
-                "difficult": int(one.difficult),
+                "area": (x1 - x0) * (y1 - y0) if obj.area is None else obj.area,
+                "iscrowd": int(obj.crowd),
+                "difficult": int(obj.difficult),
             }
-            if one.truncated is not None:
-                annotation["truncated"] = int(one.truncated)
+            if obj.truncated is not None:
+                annotation["truncated"] = int(obj.truncated)
             annotations.append(annotation)
     return {
         "info": {"image_root": image_root_for(split.image_root, out), "split": split.name},
@@ -407,10 +421,10 @@ def to_coco(split: Split, classes: Classes, out: Path) -> dict[str, Any]:
 
 
 def image_root_for(image_root: Path, out: Path) -> str:
-    """The images' folder as a list in `out` names it.
+    """The image root as it is written to a list in the folder `out`.
 
-    It is relative to the list where a folder holds both, so that this folder can be moved; and absolute where only the
-    file system's root does, or, on Windows, not even that.
+    It is relative to `out` if both have a common parent folder, which can then be moved as a whole; it is absolute if
+    the only common parent is the root of the file system, or if they are on different drives of Windows.
     """
     root, folder = image_root.resolve(), out.resolve()
     try:

@@ -31,7 +31,7 @@ from fpnssd.data.pixel_cache import PixelCache
 from fpnssd.inference.draw import class_colour
 from fpnssd.training.config import set_fields
 from fpnssd.training.cpu_memory import MALLOC_DEFAULTS, tune_malloc
-from utils import InputError, atomic_write, check_outputs, error_message, whole_number
+from utils import HelpFormatter, InputError, atomic_write, check_outputs, error_message, whole_number
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 Key = tuple[int, int, int]  # epoch, index of the image, occurrence of the image in the epoch
@@ -67,7 +67,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         return len(self.data_list)
 
     def load(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Returns an image before augmentation: uint8 (3, H, W), perhaps those of a smaller copy, and its target.
+        """Returns an image before augmentation: uint8 (3, H, W), possibly of a smaller copy, and its target.
 
         Raises:
             DataError: the image cannot be read.
@@ -108,7 +108,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         image uint8 (B, 3, S, S), channels last in memory; boxes_norm (B, N, 4), labels, difficult and crowd (B, N),
-        N the most objects of any image, the others padded with label 0; lists of image_id, size and key.
+        where N is the largest number of objects per image, and padding has label 0; lists of image_id, size and key.
     """
     # In a worker, default_collate stacks directly into shared memory.
 
@@ -129,7 +129,7 @@ def balanced_weights(data_list: DataList, power: float) -> np.ndarray:
     """Returns sampling weights that draw images of rare classes more often.
 
     Args:
-        data_list: whose images to weigh.
+        data_list: the images to weight.
         power: 0 gives all images the same weight, 0.5 is the square root of LVIS (arXiv:1908.03195), 1 balances fully.
 
     Returns:
@@ -158,7 +158,7 @@ class EpochSampler(Sampler[Key]):
             random, `occurrence` counting them. None draws each image once. Both times `repeats`.
         rank: of this process.
         num_processes: that train together.
-        limit: number of samples of an epoch, to leave out those that fill no whole batch; None for all.
+        limit: number of samples of an epoch, to drop an incomplete last batch; None for all.
         repeats: passes through the images in an epoch; `occurrence` counts them.
     """
 
@@ -242,8 +242,8 @@ def make_loader(
     Args:
         dataset: whose samples to load.
         batch_size: samples in a batch.
-        epoch_sampler: their order, an incomplete last batch left out; None gives every image once, in order.
-        workers: number of processes that load; 0 loads in this one.
+        epoch_sampler: their order, in which case an incomplete last batch is dropped; None is the list's order.
+        workers: number of worker processes; 0 loads in this process.
         pin_memory: whether batches lie in pinned memory, from which they are copied to a GPU faster.
         start_method: fork, spawn or forkserver for the worker processes; None is the system's default.
     """
@@ -284,17 +284,23 @@ def draw_batch(batch: dict[str, Any], classes: Sequence[str], columns: int = 4) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draws augmented samples of a data list, as training will see them.")
+    description = "Draws augmented samples of a data list, as training will see them."
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("list", help="a data list, such as data/voc2012/train.json")
-    parser.add_argument("--preview", default="preview.png", metavar="PICTURE", help="file to write (preview.png)")
-    parser.add_argument("--images", help="folder of the photographs, if not where the data list says")
-    parser.add_argument("--count", type=whole_number(1), default=16, help="samples (16)")
-    parser.add_argument("--image-size", type=whole_number(1), default=300, help="side of a sample (300)")
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that this program did not write, too")
-    parser.add_argument("--plain", action="store_true", help="without augmentation")
+    parser.add_argument("--preview", default="preview.png", metavar="PICTURE", help="file to write")
+    parser.add_argument("--images", help="folder of the images, if not that of the data list")
+    parser.add_argument("--count", type=whole_number(1), default=16, help="number of samples")
+    parser.add_argument("--image-size", type=whole_number(1), default=300, help="side of a sample in pixels")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the order and the augmentation")
+    parser.add_argument("--overwrite", action="store_true", help="also replace a file that this program did not write")
+    parser.add_argument("--plain", action="store_true", help="do not augment")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="of AugmentConfig, as mosaic=0.5"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of AugmentConfig, such as mosaic=0.5",
     )
     args = parser.parse_args(argv)
     try:

@@ -154,7 +154,7 @@ def lists_of(stage, data):
     paths = {name: data / f"{name}.json" for name in ("train", "val")}
     for path in paths.values():
         if not path.is_file():
-            raise DataError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+            raise DataError(f"no data list {str(path)!r}: python create_data_lists.py creates one")
     parts = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     # VOC2012's photographs are called by their year, VOC2007's and COCO's are not.
     of_voc2012 = [i["id"] for i in parts["train"]["images"] if re.match(r"20\d\d_", i["file_name"])]
@@ -179,7 +179,7 @@ def large_lists(data):
     """Folder with the list train_large less the photographs taken out of it, as train, and those as val."""
     path = data / "train_large.json"
     if not path.is_file():
-        raise DataError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+        raise DataError(f"no data list {str(path)!r}: python create_data_lists.py creates one")
     content = json.loads(path.read_text(encoding="utf-8"))
     taken = screening_ids(content, LARGE_IMAGES, LARGE_OBJECTS)
     train_part = chosen(content, lambda image_id: image_id not in taken)

@@ -151,7 +151,7 @@ def test_classes_are_chosen_and_joined(tmp_path, capsys):
     main([*write_coco(tmp_path / "x.json"), "--classes", str(tmp_path / "classes.txt")])
     assert [entry["category_id"] for entry in listed(tmp_path / "out")["annotations"]] == [1]
     assert len(problems(tmp_path / "out")["class that was not chosen"]) == 2
-    assert "lorry, of which the data has no object" in capsys.readouterr().err
+    assert "no objects of lorry, which" in capsys.readouterr().err
 
 
 def test_classes_that_are_joined_mark_an_object_once(tmp_path):
@@ -168,7 +168,7 @@ def test_coco_files_are_not_written_over(tmp_path):
     arguments = write_coco(tmp_path / "train.json")
     before = (tmp_path / "train.json").read_bytes()
     arguments[arguments.index("--out") + 1] = str(tmp_path)
-    with pytest.raises(SystemExit, match=r"train\.json is an input of this call and would be written over"):
+    with pytest.raises(SystemExit, match=r"train\.json is an input and would be overwritten"):
         main(arguments)
     assert (tmp_path / "train.json").read_bytes() == before
 
@@ -217,9 +217,9 @@ def test_coco_annotations_that_are_left_out(tmp_path, entry, kind):
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "two images the id 1"),
         (
             {"images": [{"id": 1, "file_name": "a", "width": 9, "height": "tall"}]},
-            "a size that is no number: 9 x 'tall'",
+            "a size that is not a number: 9 x 'tall'",
         ),
-        ({"images": [{"id": 1}]}, "no COCO JSON file: image 1 has no file_name"),
+        ({"images": [{"id": 1}]}, "not a COCO JSON file: image 1 has no file_name"),
     ],
 )
 def test_coco_files_that_are_refused(tmp_path, changes, said):

@@ -202,16 +202,16 @@ def test_sizes_that_are_not_given(write, sides):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 100_000, "nests too deep"),
+        ("[" * 100_000, "nested too deeply"),
         ("[1]", "holds a list"),
         ("null", "holds a NoneType"),
-        ('{"images": {"1": {}}, "categories": []}', "images that are no list of objects"),
-        ('{"images": [1], "categories": []}', "images that are no list of objects"),
+        ('{"images": {"1": {}}, "categories": []}', "images that are not a list of objects"),
+        ('{"images": [1], "categories": []}', "images that are not a list of objects"),
         ('{"categories": []}', "has no images"),
         ('{"images": []}', "has no categories"),
-        ('{"images": [], "annotations": 3, "categories": []}', "annotations that are no list"),
-        ('{"images": [', "no COCO JSON file .JSONDecodeError"),
-        (b"\xff\xfe\x00", "no COCO JSON file .UnicodeDecodeError"),
+        ('{"images": [], "annotations": 3, "categories": []}', "annotations that are not a list"),
+        ('{"images": [', "not a COCO JSON file .JSONDecodeError"),
+        (b"\xff\xfe\x00", "not a COCO JSON file .UnicodeDecodeError"),
     ],
 )
 def test_other_json_is_refused(tmp_path, text, said):
@@ -224,9 +224,9 @@ def test_other_json_is_refused(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"categories": []}, "names no category"),
-        ({"categories": [{"id": 1, "name": None}]}, "category 1: None is no name"),
-        ({"categories": [{"id": 1, "name": " "}]}, "category 1: ' ' is no name"),
+        ({"categories": []}, "has no categories"),
+        ({"categories": [{"id": 1, "name": None}]}, "category 1: None is not a class name"),
+        ({"categories": [{"id": 1, "name": " "}]}, "category 1: ' ' is not a class name"),
         ({"categories": [{"id": 1, "name": "a\0b"}]}, "has a control character"),
         ({"categories": [{"id": 1, "name": "a\ud800"}]}, "is not UTF-8"),
         ({"categories": [{"id": None, "name": "mug"}]}, "category 'mug' has the id None"),

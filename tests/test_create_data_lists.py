@@ -70,7 +70,7 @@ def test_classes_are_those_of_the_data_or_voc(tmp_path, capsys):
     assert classes("val") == ("dog",)
     assert classes("val", options=["--classes", "voc"]) == VOC_CLASSES
     assert classes("train", "val") == VOC_CLASSES
-    assert "classes: VOC's 20, in VOC's order; the data has objects of 11" in capsys.readouterr().out
+    assert "classes: VOC's 20, in VOC's order; the data set has objects of 11" in capsys.readouterr().out
 
 
 def test_truncation_is_kept_where_somebody_said(tmp_path):
@@ -166,7 +166,7 @@ def spoil(voc, defect):
         ("no image", "JPEGImages/b with any of .jpg"),
         ("size nan", "says nanx80"),
         ("cut image", "b.jpg is damaged"),
-        ("text image", "b.jpg is no image"),
+        ("text image", "b.jpg is not a readable image"),
         ("other size", "says 100x80"),
     ],
 )
@@ -277,7 +277,7 @@ def test_images_without_objects_are_kept(tmp_path):
 
 def test_missing_and_empty_splits(tmp_path):
     add_image(tmp_path / "voc", "a", [("dog", 1, 1, 50, 50, 0)])
-    with pytest.raises(DataError, match=r"no split 'val': .*val\.txt is missing; splits there: train"):
+    with pytest.raises(DataError, match=r"no split 'val': .*val\.txt is missing; existing splits: train"):
         list_voc(tmp_path / "voc", ["train", "val"], tmp_path)
     (tmp_path / "voc" / "ImageSets" / "Main" / "val.txt").write_text("\n")
     with pytest.raises(DataError, match=r"split 'val' is empty"):
@@ -286,7 +286,7 @@ def test_missing_and_empty_splits(tmp_path):
     (tmp_path / "voc" / "JPEGImages" / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"no image can be used \(1 problems\): image missing: .*a with any of"):
         list_voc(tmp_path / "voc", ["train"], tmp_path)
-    with pytest.raises(DataError, match="no VOC folder"):
+    with pytest.raises(DataError, match="not a VOC folder"):
         list_voc(tmp_path, ["train"], tmp_path)
 
 
@@ -386,7 +386,7 @@ def test_download_is_checked_and_started_again(archive, tmp_path):
     arguments = ["--download", "voc2012", "--root", str(tmp_path / "root"), "--splits", "trainval"]
     arguments += ["--out", str(tmp_path / "out")]
     archive.breaks = True
-    with pytest.raises(SystemExit, match="voc2012 trainval cannot be fetched"):
+    with pytest.raises(SystemExit, match="voc2012 trainval cannot be downloaded"):
         main(arguments)
     assert not (tmp_path / "out").exists()
     archive.breaks = False

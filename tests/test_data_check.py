@@ -152,7 +152,7 @@ def nasty_voc(root):
         "number unreadable": ["word.xml: <xmin> is 'one'", "size_word.xml: <size>: 'wide' is not a number"],
         "image missing": ["no_image"],
         "image outside the image folder": ["outside"],
-        "file is no image": ["text.jpg", "nothing.jpg"],
+        "file is not an image": ["text.jpg", "nothing.jpg"],
         "image damaged": ["cut.jpg", "cut_png.png"],
         "image too large": ["huge.png"],
         "size differs from the annotation's": ["other_size.xml says 80x80"],

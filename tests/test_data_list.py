@@ -57,7 +57,7 @@ def test_data_list_without_objects(tmp_path):
         ),
         ({"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "bbox": [5, 5, 9, 9]}]}, "leaves its image"),
         ({"images": [{"id": 7, "file_name": "a", "width": 1, "height": 2}] * 2}, "same id to two images"),
-        ({"images": [{"id": 7}]}, "no COCO JSON data list"),
+        ({"images": [{"id": 7}]}, "not a COCO JSON data list"),
         ({"images": [{"id": 2**63, "file_name": "a", "width": 1, "height": 2}], "annotations": []}, "too large"),
     ],
 )
@@ -68,7 +68,7 @@ def test_bad_data_lists_are_named(tmp_path, changes, said):
 
 def test_what_is_no_data_list(tmp_path):
     (tmp_path / "x.json").write_text("<xml/>")
-    with pytest.raises(DataError, match=r"x\.json is no COCO JSON"):
+    with pytest.raises(DataError, match=r"x\.json is not a COCO JSON"):
         DataList.load(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError, match="create_data_lists"):
         DataList.load(tmp_path / "y.json")
@@ -202,7 +202,7 @@ def test_broken_large_lists_are_named_too(tmp_path, monkeypatch):
     monkeypatch.setattr("fpnssd.data.data_list.STREAMED_FROM", 0)
     path = write_list(tmp_path / "x.json")
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(DataError, match=r"x\.json is no COCO JSON file"):
+    with pytest.raises(DataError, match=r"x\.json is not a COCO JSON file"):
         DataList.load(path)
     write_list(path)
     path.write_bytes(path.read_text().encode("utf-16"))

@@ -96,7 +96,7 @@ def test_only_formats_that_decode_their_own_pixels_are_opened(tmp_path):
         path = tmp_path / f"{name}.jpg"
         path.write_bytes(data)
         for source in (data, path):
-            with pytest.raises(DataError, match="is no image that can be read"):
+            with pytest.raises(DataError, match="is not a readable image"):
                 load_image(source)
     assert not (tmp_path / "written").exists()
 
@@ -116,7 +116,7 @@ def test_a_data_list_leaves_them_out(tmp_path, capsys):
     assert '"images": [' in (tmp_path / "out" / "train.json").read_text()
     listed = (tmp_path / "out" / "train.json").read_text()
     assert [name for name in attacks if f"{name}.jpg" in listed] == ["good", "good2"]
-    assert "no image" in capsys.readouterr().out
+    assert "not an image" in capsys.readouterr().out
     assert not (tmp_path / "written").exists()
 
 
@@ -124,7 +124,7 @@ def test_the_endpoint_refuses_them_before_the_network(tmp_path):
     app = pytest.importorskip("app")
     service = app.Service(None, app.Limits())
     attack, cut = iptc(post_script(tmp_path / "written")), encoded(IMAGE, "JPEG")[:400]
-    for data, said in ((attack, "is no image that can be read"), (cut, "is damaged")):
+    for data, said in ((attack, "is not a readable image"), (cut, "is damaged")):
         with pytest.raises(DataError, match=f"a.jpg {said}"):
             service.run_network(data, "a.jpg")
     assert not (tmp_path / "written").exists()
@@ -239,7 +239,7 @@ def test_headers_that_lie_are_refused():
     canvas += struct.pack("<4HB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0;"
     for data, said in (
         (tile, "tiles have 16384 x 16384"), (scans, "more than 500 scans"), (canvas, "refused"),
-        (b"P2\n1 1 255\n7", "no binary"), (b"P5\n" + b" " * 70_000 + b"1 1 255 a", "64 kB"),
+        (b"P2\n1 1 255\n7", "not a binary"), (b"P5\n" + b" " * 70_000 + b"1 1 255 a", "64 kB"),
         (b"P5\n1500 1500\n254\n" + bytes(1500 * 1500), "takes too long"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):

@@ -150,7 +150,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     data_list = make_list(tmp_path)
     (tmp_path / "5.jpg").write_text("no image")
-    with pytest.raises(InputError, match=r"5\.jpg is no image"):
+    with pytest.raises(InputError, match=r"5\.jpg is not a readable image"):
         PixelCache.build(data_list)
     assert not list(tmp_path.glob("list*pixels*"))
 

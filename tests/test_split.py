@@ -142,7 +142,7 @@ def test_a_camera_that_does_not_move_is_cut_into_runs(capsys):
         pixels[noise.integers(64), noise.integers(96)] = 0
         images.append(checked(f"{number:03}.jpg", Image.fromarray(pixels)))
     groups = group_images(images)
-    assert "40 of 40 images show nearly one scene, as 000.jpg" in capsys.readouterr().err
+    assert "40 of 40 images show nearly the same scene, such as 000.jpg" in capsys.readouterr().err
     assert [len(set(groups[run : run + 4])) for run in range(0, 40, 4)] == [1] * 10
     assert len(set(groups.tolist())) == 10
 
@@ -263,7 +263,7 @@ def test_unusable_images_are_left_out_before_the_division(tmp_path, capsys):
     (tmp_path / "mine" / "p04.xml").unlink()
     main([*arguments, "--out", str(tmp_path / "out")])
     assert "18 images are divided into train" in capsys.readouterr().out
-    assert {"file is no image", "annotation missing"} <= set(problems(tmp_path / "out"))
+    assert {"file is not an image", "annotation missing"} <= set(problems(tmp_path / "out"))
 
 
 def test_what_cannot_be_divided_is_an_error(tmp_path):

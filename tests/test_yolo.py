@@ -74,10 +74,10 @@ def test_yolo_lists_of_images_and_named_classes(tmp_path):
     [
         ("names: [a]\nval: images\n", "no split 'train' in .*data.yaml"),
         ("names: [a]\ntrain: nowhere\n", "nowhere, which is neither a folder nor a text file"),
-        ("train: images\n", "no data.yaml with `names`"),
-        ("names: {cat: 0}\ntrain: images\n", "no data.yaml with `names`"),
-        ("names: cat\ntrain: images\n", "no data.yaml with `names`"),
-        ("names: [a\n", "no data.yaml with `names`"),
+        ("train: images\n", "not a data.yaml with `names`"),
+        ("names: {cat: 0}\ntrain: images\n", "not a data.yaml with `names`"),
+        ("names: cat\ntrain: images\n", "not a data.yaml with `names`"),
+        ("names: [a\n", "not a data.yaml with `names`"),
         ("names: [a]\ntrain: labels\n", "split 'train' is empty"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_split_without_label_files_is_refused(tmp_path):
     objects, _, _ = read_all(tmp_path / "set" / "data.yaml", unlabelled=True)
     assert objects == {"train": {"imgs/a.jpg": []}}
     write_files(tmp_path, {"set/labels/A.txt": LABEL})
-    with pytest.raises(DataError, match="1 label files have no image of their name, as .*A.txt"):
+    with pytest.raises(DataError, match="1 label files have no image of their name, such as .*A.txt"):
         read_all(tmp_path / "set" / "data.yaml")
 
 
@@ -270,7 +270,7 @@ def test_links_are_followed_once_and_junk_is_counted(tmp_path, capsys):
     )
     (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
     assert read_all(tmp_path / "data.yaml")[:2] == ({"train": {"images/a.jpg": ["dog"]}}, [])
-    said = "train: files that are no images are passed over: 1 x .db, 1 x .psd, 2 x hidden"
+    said = "train: skipped files that are not images: 1 x .db, 1 x .psd, 2 x hidden"
     assert said in capsys.readouterr().out
 
 
@@ -294,7 +294,7 @@ def test_listed_images_that_are_missing(tmp_path):
         split.records[1]()
     write_files(tmp_path, {"t.txt": "images/a.jpg\nimages/b.jpg\n"})
     (tmp_path / "images" / "a.jpg").unlink()
-    with pytest.raises(DataError, match=r"t\.txt lists 2 images, none of which is there, as .*images/a\.jpg"):
+    with pytest.raises(DataError, match=r"t\.txt lists 2 images, none of which exists, such as .*images/a\.jpg"):
         read_all(tmp_path)
 
 
@@ -312,24 +312,24 @@ def test_class_names_stay_words(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("names: [a, b, a]", "names the class 'a' twice"),
+        ("names: [a, b, a]", "names the class 'a' or its id 2 twice"),
         ("names: {0: a, 0: b}", "it has the key '0' twice"),
-        ("names: {0: a, 00: b}", "names the class 'b' twice, or its id 0"),
-        ("names: [a, null]", "class 1 has no name, but None; quote it"),
+        ("names: {0: a, 00: b}", "names the class 'b' or its id 0 twice"),
+        ("names: [a, null]", "class 1 has None in place of a name; quote it"),
         ("names: [a, ]\nnc: 2", "says 2 classes and names 1"),
-        ("names: [a, [b]]", "class 1 has no name"),
+        ("names: [a, [b]]", "class 1 has .* in place of a name"),
         ('names: ["a\\0b"]', "the name of class 0 has characters that cannot be printed"),
-        ("names: [a]\nkpt_shape: [17, 4]", "kpt_shape has to be"),
-        ("names: [a]\nkpt_shape: 17", "kpt_shape has to be"),
-        ("names: [a]\npath: [b]", "`path` has to be a folder"),
-        ("- a\n- b\n", "no data.yaml with `names`"),
-        ("", "no data.yaml with `names`"),
+        ("names: [a]\nkpt_shape: [17, 4]", "kpt_shape must be"),
+        ("names: [a]\nkpt_shape: 17", "kpt_shape must be"),
+        ("names: [a]\npath: [b]", "`path` must be a folder"),
+        ("- a\n- b\n", "not a data.yaml with `names`"),
+        ("", "not a data.yaml with `names`"),
         ("names: [a]\ntrain: {a: b}", "split 'train' is empty"),
         ('names: [a]\ntrain: "b\\0c"', "neither a folder nor a text file"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]", "class 0 has no name"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]", "class 0 has .* in place of a name"),
         ("a: &a [*a, *a]\nnames: *a", "recursive node"),
-        ("names: " + "[" * 5000, "no data.yaml with `names`"),
-        ("- " * 5000 + "a", "no data.yaml with `names`"),
+        ("names: " + "[" * 5000, "not a data.yaml with `names`"),
+        ("- " * 5000 + "a", "not a data.yaml with `names`"),
         ("#" * (MAX_BYTES + 1), "larger than"),
     ],
 )

@@ -1,7 +1,6 @@
-"""What an annotation says of an image, whatever its form: the types that the readers return and checks.py judges.
+"""Annotations in a form common to all formats: the types that voc.py, coco.py and yolo.py return and checks.py checks.
 
-voc.py, coco.py and yolo.py read the three formats. A reader opens the splits' own files alone; an image's annotation is
-parsed when its record is called.
+A reader opens only the files that describe a split. The annotation of an image is parsed when its record is called.
 """
 
 import codecs
@@ -28,7 +27,7 @@ class Problem(NamedTuple):
 
 
 class RawObject(NamedTuple):
-    """An object as an annotation file gives it, before any check."""
+    """An object of an annotation file, before any check."""
 
     name: str  # class
     box: tuple[float, float, float, float]  # xyxy, continuous pixels; 0..1 of the image in a `normalized` record
@@ -41,7 +40,7 @@ class RawObject(NamedTuple):
 
 @dataclass
 class Record:
-    """An image as its annotation file describes it, before any check."""
+    """An image and its objects, as read from its annotation file, before any check."""
 
     file_name: str  # relative to the image folder
     annotation: str  # the annotation file
@@ -49,7 +48,7 @@ class Record:
     size: tuple[float, float] | None = None  # (height, width); None: the file does not say
     normalized: bool = False  # boxes are in 0..1 of the image
     image_id: int | str | None = None
-    problems: list[Problem] = field(default_factory=list)  # met while reading
+    problems: list[Problem] = field(default_factory=list)  # found while reading
 
 
 @dataclass
@@ -58,7 +57,7 @@ class SplitAnnotations:
 
     name: str
     image_root: Path
-    records: list[Callable[[], Record]]  # one a image; calling it parses the image's annotation, or raises DataError
+    records: list[Callable[[], Record]]  # one per image; calling it parses the image's annotation, or raises DataError
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -73,7 +72,7 @@ def read_text(path: str | Path) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no UTF-8 text file", "annotation does not parse") from None
+        raise DataError(f"{path} is not a UTF-8 text file", "annotation does not parse") from None
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -82,12 +81,12 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def relative_path(path: Path, folder: Path) -> str:
-    """The path seen from the folder, with forward slashes; one that is not below it starts with ../"""
+    """The path relative to the folder, with forward slashes; it starts with ../ if it is not below the folder."""
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def name_problem(name: str) -> str | None:
-    """What keeps a file's or class's name out of UTF-8 text files and XML, or None."""
+    """Why a file or class name cannot be written to UTF-8 text files and XML; None if it can."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -96,11 +95,11 @@ def name_problem(name: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values as the formats write them: numbers may be texts, and what is not given has several spellings
+# Values: numbers may be strings, and missing values are written in several ways
 
 
 def parse_number(value: object) -> float:
-    """A number, or a text that is one, as a float; NaN and infinity are numbers here.
+    """Returns a number, or a string that holds one, as a float; NaN and infinity are accepted.
 
     Raises:
         ValueError: anything else; booleans too.
@@ -112,7 +111,7 @@ def parse_number(value: object) -> float:
 
 
 def parse_flag(value: object) -> bool | None:
-    """A flag: 1 or 0, true or false, also as texts. None, an empty text and "Unspecified" give None: it is not known.
+    """Returns a flag (1 or 0, true or false, also as strings) as a bool; None if it is empty, None or "Unspecified".
 
     Raises:
         ValueError: anything else.
@@ -151,7 +150,7 @@ def parse_size(height: object, width: object) -> tuple[float, float] | None:
     """(height, width) of an image; None where either is missing, empty, 0 or negative, as some tools write it.
 
     Raises:
-        ValueError: either is something else than a number.
+        ValueError: either is not a number.
     """
     if any(str(side).strip().lower() in NOT_GIVEN for side in (height, width)):
         return None

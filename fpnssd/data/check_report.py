@@ -1,6 +1,6 @@
 """The report of a data set's check: a table, check.json and check.png.
 
-Counts of each split and class, box sizes and aspects as the network sees them, every problem with every place.
+Counts of each split and class, box sizes and aspects as the network sees them, every problem with all places.
 """
 
 import json
@@ -19,13 +19,13 @@ from fpnssd.model_config import ASPECT_RATIOS, SCALES
 from model import ModelConfig, make_priors
 from utils import atomic_write, write_text
 
-MOST_MATCHED = 10_000  # objects that are compared with the priors; of more, a sample
+MOST_MATCHED = 10_000  # objects compared with the priors; a sample if there are more
 
 Report = dict[str, Any]
 
 
 def describe_splits(splits: Sequence[Split], classes: Sequence[str], image_size: int = 300) -> Report:
-    """Returns the report as check.json holds it.
+    """Returns the report, which is the content of check.json.
 
     Args:
         splits: checked, as `checks.finish_splits` returns them.
@@ -34,14 +34,14 @@ def describe_splits(splits: Sequence[Split], classes: Sequence[str], image_size:
     """
     report: Report = {"image_size": image_size, "splits": {}, "problems": []}
     for split in splits:
-        objects = [one for image in split.images for one in image.objects]
-        counts = Counter(one.name for one in objects)
+        objects = [obj for image in split.images for obj in image.objects]
+        counts = Counter(obj.name for obj in objects)
         report["splits"][split.name] = {
             "images": len(split.images),
             "without_objects": sum(not image.objects for image in split.images),
             "objects": len(objects),
-            "difficult": sum(one.difficult for one in objects),
-            "crowd": sum(one.crowd for one in objects),
+            "difficult": sum(obj.difficult for obj in objects),
+            "crowd": sum(obj.crowd for obj in objects),
             "classes": {name: counts[name] for name in classes},
             "boxes": describe_boxes(split, image_size),
         }
@@ -61,10 +61,10 @@ def describe_boxes(split: Split, image_size: int) -> Report:
     """Histograms of the boxes in images resized to a square, without crowds; and the share that no prior matches."""
     boxes = np.array(
         [
-            np.divide(one.box, (image.size[1], image.size[0]) * 2)
+            np.divide(obj.box, (image.size[1], image.size[0]) * 2)
             for image in split.images
-            for one in image.objects
-            if not one.crowd
+            for obj in image.objects
+            if not obj.crowd
         ]
     ).reshape(-1, 4)  # 0..1
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -92,12 +92,12 @@ def default_priors(image_size: int) -> torch.Tensor:
 
 
 def unmatched_share(boxes: np.ndarray, image_size: int, min_iou: float = 0.5) -> float | None:
-    """Share of boxes that have an IoU of `min_iou` with no prior; of a sample where there are many; None without boxes.
+    """Share of boxes without a prior of IoU `min_iou` or more, estimated on a sample if there are many; None for none.
 
     Args:
         boxes: (n, 4), xyxy in 0..1 of the image.
         image_size: of the network, in pixels.
-        min_iou: the IoU from which a prior is matched to a box.
+        min_iou: the IoU threshold of matching.
     """
     if len(boxes) == 0:
         return None

@@ -1,4 +1,4 @@
-"""Checks images and boxes before they are trained on: `check_image` one image, `finish_splits` all of them together.
+"""Checks images and boxes before training: `check_image` one image, `finish_splits` all of them together.
 
 Every problem has a kind, a key of ACTIONS, and a place. check_report.py prints and draws them.
 """
@@ -30,7 +30,7 @@ LEFT_OUT = {
     "file name unusable": "image left out",
     "image missing": "image left out",
     "image outside the image folder": "image left out",
-    "file is no image": "image left out",
+    "file is not an image": "image left out",
     "image damaged": "image left out",
     "image too large": "image left out",
     "size differs from the annotation's": "image left out",
@@ -45,7 +45,7 @@ LEFT_OUT = {
     "object without a box": "object left out",
     "box in pixels, not in 0..1": "object left out",
     "label file without an image": "label file left out",
-    "folder without label files": "images kept: they teach background",
+    "folder without label files": "images kept as background images",
 }
 REPAIRED = {
     "box partly outside the image": "clipped",
@@ -61,14 +61,14 @@ NOTED = {
     "image of another mode": "made RGB: transparency filled with the mean colour, more than 8 bits scaled",
     "animated image": "its first frame is used",
     "image twice in the split": "kept",
-    "image nearly in a later split too": "kept: the later split's score is too good",
-    "image without objects": "kept: it teaches background",
-    "image without a label file": "kept: it teaches background",
-    "label file is empty": "kept: the image teaches background",
+    "image nearly in a later split too": "kept, but the score on the later split is biased",
+    "image without objects": "kept as a background image",
+    "image without a label file": "kept as a background image",
+    "label file is empty": "image kept as a background image",
     "label file of two images": "read for both",
     "confidence after the box": "not used",
     "two classes on one box": "kept",
-    "box under a pixel at network size": "kept: nothing can be learnt from it, and it counts as missed",
+    "box under a pixel at network size": "kept, though too small to be learnt or detected",
     "class without objects": "kept",
     "class that was not chosen": "object left out",
 }
@@ -81,7 +81,7 @@ class CheckedImage:
 
     file_name: str
     size: tuple[int, int]  # (height, width), turned by EXIF if apply_exif
-    apply_exif: bool
+    apply_exif: bool  # whether to turn the image by its EXIF orientation
     objects: list[RawObject]  # boxes in pixels, clipped
     digest: bytes  # of the decoded pixels
     image_id: int | str | None
@@ -89,21 +89,21 @@ class CheckedImage:
 
 
 CheckResult = tuple[CheckedImage | None, list[Problem], int | None]
-"""Of one image: what goes into the list, None if it cannot be used; its problems; its objects as annotated, None if
-the annotation cannot be read."""
+"""Result of checking one image: the checked image (None if it is left out), its problems, and the number of annotated
+objects (None if the annotation cannot be read)."""
 
 
 @dataclass
 class Split:
-    """A checked split: what its list will hold, and all problems."""
+    """A checked split: the images of its data list, and all problems."""
 
     name: str
     image_root: Path
     images: list[CheckedImage]
     problems: list[Problem]
-    given: int = 0  # images that the data set names
-    unread: int = 0  # of these, the ones whose annotation is missing or cannot be parsed
-    annotated: int = 0  # objects in the annotations of the others
+    total: int = 0  # number of images in the data set
+    unread: int = 0  # number of these whose annotation is missing or cannot be parsed
+    annotated: int = 0  # number of objects in the other annotations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,11 +115,11 @@ def check_image(record: Record, image_root: Path, image_size: int = 300) -> tupl
 
     Args:
         record: the image as its annotation describes it.
-        image_root: the folder from which its file name counts.
+        image_root: the folder that its file name is relative to.
         image_size: of the network, in pixels.
 
     Returns:
-        What goes into the list, None if the image cannot be used; and the problems.
+        The checked image, None if it cannot be used; and the problems.
     """
     problems = list(record.problems)
     path = image_root / record.file_name
@@ -153,10 +153,10 @@ def check_image(record: Record, image_root: Path, image_size: int = 300) -> tupl
 
 
 def judge_exif(image: Image.Image, annotated_size: tuple[float, float] | None) -> tuple[bool, str | None]:
-    """Decides whether boxes are measured in the image as stored, or as its EXIF orientation turns it.
+    """Decides whether boxes refer to the stored pixels or to the image turned by its EXIF orientation.
 
-    The annotation's size tells which, if the turn swaps sides of different lengths. Without a size the boxes were
-    probably drawn in a viewer, which turns images.
+    The annotated size decides if the turn swaps sides of different lengths. Without a size the boxes were probably
+    drawn in a viewer, which applies the orientation.
 
     Args:
         image: a PIL image, which need not be decoded.
@@ -178,30 +178,38 @@ def judge_exif(image: Image.Image, annotated_size: tuple[float, float] | None) -
 def check_objects(
     record: Record, size: tuple[int, int], image_size: int
 ) -> tuple[list[RawObject], list[tuple[str, str]]]:
-    """Returns the objects of an image of `size` (height, width) that can be used, boxes in pixels and clipped; and
-    (kind, text) of each problem."""
+    """Checks the objects of an image.
+
+    Args:
+        record: the image with its objects.
+        size: (height, width) of the decoded image.
+        image_size: of the network, in pixels.
+
+    Returns:
+        The usable objects, with clipped boxes in pixels; and (kind, text) of each problem.
+    """
     height, width = size
     kept, problems = [], []
     seen: dict[Box, list[str]] = {}  # box -> the classes of the objects that have it
-    for one in record.objects:
-        text = f"{one.name} {one.text or one.box} in {width}x{height}"
-        box = tuple(c * s for c, s in zip(one.box, (width, height) * 2, strict=True)) if record.normalized else one.box
+    for obj in record.objects:
+        text = f"{obj.name} {obj.text or obj.box} in {width}x{height}"
+        box = tuple(c * s for c, s in zip(obj.box, (width, height) * 2, strict=True)) if record.normalized else obj.box
         clipped, kind = check_box(box, size)
         if kind:
             problems.append((kind, text))
         if clipped is None:
             continue
         others = seen.setdefault(clipped, [])
-        if one.name in others:
+        if obj.name in others:
             problems.append(("object twice", text))
             continue
         if others:
             problems.append(("two classes on one box", f"{text}, also {', '.join(others)}"))
-        others.append(one.name)
+        others.append(obj.name)
         x0, y0, x1, y1 = clipped
         if min((x1 - x0) / width, (y1 - y0) / height) * image_size < 1:
             problems.append(("box under a pixel at network size", text))
-        kept.append(one._replace(box=clipped, area=one.area if kind is None else None))
+        kept.append(obj._replace(box=clipped, area=obj.area if kind is None else None))
     return kept, problems
 
 
@@ -226,7 +234,7 @@ def check_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str | None]:
     sides = np.array((clipped[2] - clipped[0], clipped[3] - clipped[1]), np.float32)
     if (corner + sides <= corner).any():  # a list's boxes are x, y, width, height, read as float32
         return None, "box empty"
-    # Rounding in the annotation is no problem.
+    # Rounding errors in the annotation are not reported.
     moved = max(abs(a - b) for a, b in zip(clipped, box, strict=True))
     return clipped, "box partly outside the image" if moved > 0.01 else None
 
@@ -235,16 +243,16 @@ def check_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str | None]:
 # All images
 
 
-def collect_results(name: str, found: SplitAnnotations, results: Sequence[CheckResult]) -> Split:
+def collect_results(name: str, annotations: SplitAnnotations, results: Sequence[CheckResult]) -> Split:
     """A split of checked images.
 
     Args:
         name: of the split.
-        found: what the reader returned: the images' folder, and problems that belong to no image.
+        annotations: what the reader returned: the images' folder, and problems that belong to no image.
         results: of the split's images.
     """
-    split = Split(name, found.image_root, [], list(found.problems), given=len(results))
-    split.annotated = count_left_out(found.problems)
+    split = Split(name, annotations.image_root, [], list(annotations.problems), total=len(results))
+    split.annotated = count_left_out(annotations.problems)
     for image, problems, annotated in results:
         split.problems += problems
         split.unread += annotated is None
@@ -255,7 +263,7 @@ def collect_results(name: str, found: SplitAnnotations, results: Sequence[CheckR
 
 
 def count_left_out(problems: Sequence[Problem]) -> int:
-    """How many objects a reader already left out."""
+    """Number of objects that the reader left out."""
     return sum(ACTIONS[problem.kind] == "object left out" for problem in problems)
 
 
@@ -268,10 +276,10 @@ def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapp
         sources: {name in the annotations: one of `classes`}. Objects of other names are left out.
 
     Returns:
-        New splits, with what can be listed and all problems.
+        New splits, without duplicates and unused classes, with all problems.
     """
     finished: list[Split] = []
-    later: dict[bytes, str] = {}  # digest of an image -> its place, in the splits behind
+    later: dict[bytes, str] = {}  # digest of an image -> split and file name, in later splits
     for split in reversed(splits):
         images, problems = [], list(split.problems)
         seen: dict[bytes, str] = {}
@@ -285,19 +293,19 @@ def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapp
                 problems.append(Problem("image twice in the split", sentence))
             seen[image.digest] = image.file_name
             objects = {}  # by name and box: classes that were joined may have both marked one object
-            for one in image.objects:
-                sentence = f"{image.file_name}: {one.name} {one.text or one.box}"
-                if one.name not in sources:
+            for obj in image.objects:
+                sentence = f"{image.file_name}: {obj.name} {obj.text or obj.box}"
+                if obj.name not in sources:
                     problems.append(Problem("class that was not chosen", sentence))
-                elif (sources[one.name], one.box) in objects:
+                elif (sources[obj.name], obj.box) in objects:
                     problems.append(Problem("object twice", sentence))
                 else:
-                    objects[sources[one.name], one.box] = one._replace(name=sources[one.name])
+                    objects[sources[obj.name], obj.box] = obj._replace(name=sources[obj.name])
             if not objects:
                 problems.append(Problem("image without objects", image.file_name))
             images.append(replace(image, objects=list(objects.values())))
-        there = {one.name for image in images for one in image.objects}
-        problems += [Problem("class without objects", name) for name in classes if name not in there]
+        present = {obj.name for image in images for obj in image.objects}
+        problems += [Problem("class without objects", name) for name in classes if name not in present]
         later |= {digest: f"{split.name}'s {file_name}" for digest, file_name in seen.items()}
         problems += near_problems(split.name, images, finished)
         finished.append(replace(split, images=images, problems=problems))
@@ -305,7 +313,7 @@ def finish_splits(splits: Sequence[Split], classes: Sequence[str], sources: Mapp
 
 
 def near_problems(name: str, images: Sequence[CheckedImage], later: Sequence[Split]) -> list[Problem]:
-    """A problem for each of a split's images that shows nearly what an image of a later split shows."""
+    """Returns a problem for each image of a split that is a near-duplicate of an image in a later split."""
     others = [(split.name, image) for split in later for image in split.images]
     if not images or not others:
         return []

@@ -1,4 +1,4 @@
-"""Reads data sets in COCO's format: one JSON file a split, with images, annotations and categories.
+"""Reads data sets in COCO format: one JSON file per split, with images, annotations and categories.
 
 read_coco(["train.json"], ["train"], ["train2017"])  # ([SplitAnnotations], {category name: id})
 """
@@ -28,12 +28,12 @@ from fpnssd.data.annotations import (
 )
 from fpnssd.data.images import DataError
 
-SAMPLED_IMAGES = 50  # that are looked for in a folder before it is taken for the images' folder
+SAMPLED_IMAGES = 50  # searched for in a folder to decide whether it is the image folder
 
 
 @dataclass
 class CocoFile:
-    """A COCO file's split and categories; whether a category is a class shows in all files together."""
+    """The split and the categories of a COCO file. merge_categories decides which categories are classes."""
 
     path: Path
     split: SplitAnnotations
@@ -47,26 +47,28 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     The file may be in UTF-8, -16 or -32, with or without a byte order mark, and have no annotations.
 
     Raises:
-        DataError: the file is no JSON, or one of these is something else.
+        DataError: the file is not JSON, or a part has another type.
     """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except RecursionError:
-        raise DataError(f"{path} is no COCO JSON file: it nests too deep") from None
+        raise DataError(f"{path} is not a COCO JSON file: it is nested too deeply") from None
     except ValueError as error:  # of the JSON, or of its encoding
-        raise DataError(f"{path} is no COCO JSON file ({type(error).__name__}: {error!s:.200})") from None
+        raise DataError(f"{path} is not a COCO JSON file ({type(error).__name__}: {error!s:.200})") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} is no COCO JSON file: it holds a {type(content).__name__}, not images and categories")
+        raise DataError(
+            f"{path} is not a COCO JSON file: it holds a {type(content).__name__}, not images and categories"
+        )
     parts: dict[str, Any] = {"info": content["info"] if isinstance(content.get("info"), dict) else {}}
     for key in ("images", "annotations", "categories"):
         part = content.get(key)
         if part is None and key == "annotations":
             part = []
         if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
-            problem = f"has no {key}" if key not in content else f"has {key} that are no list of objects"
-            raise DataError(f"{path} is no COCO JSON file: it {problem}")
+            problem = f"has no {key}" if key not in content else f"has {key} that are not a list of objects"
+            raise DataError(f"{path} is not a COCO JSON file: it {problem}")
         parts[key] = part
     return parts
 
@@ -81,8 +83,8 @@ def stream_coco_json(path: Path) -> dict[str, Any]:
         As read_coco_json, but `annotations` is an iterator.
 
     Raises:
-        ijson.JSONError: the file is no JSON, in another encoding, or without images or categories; also raised while
-            the annotations are taken.
+        ijson.JSONError: the file is not JSON, is not UTF-8, or has no images or categories; also raised while iterating
+            over the annotations.
     """
 
     def entries(prefix: str) -> Iterator[Any]:
@@ -99,10 +101,10 @@ def stream_coco_json(path: Path) -> dict[str, Any]:
 
 
 def parse_id(value: object) -> int | str:
-    """An id such that 1, 1.0 and "1" are the same; other texts, "007" among them, stay what they are.
+    """Normalizes an id: 1, 1.0 and "1" become 1; other strings, such as "007", are unchanged.
 
     Raises:
-        ValueError: the value is neither text nor a whole number of 64 bits.
+        ValueError: the value is neither a string nor a 64-bit integer.
     """
     if isinstance(value, str):
         plain = re.sub(r"\.0+$", "", value.strip())
@@ -121,14 +123,14 @@ def read_coco(
     Args:
         files: the JSON files.
         names: the splits, one for each file.
-        image_folders: one for all files or one for each. If not given, the images are looked for beside the file, and
-            where COCO's, CVAT's and other tools' exports have them.
+        image_folders: one for all files or one for each. If not given, find_image_root
+            searches the usual folders.
 
     Returns:
-        The splits, and the categories of all files: {name: id}. Roboflow's root category is none of them.
+        The splits, and the categories of all files: {name: id}, without Roboflow's root category.
 
     Raises:
-        DataError: numbers of files and names or folders differ, a file is no COCO JSON, or two categories conflict.
+        DataError: numbers of files and names or folders differ, a file is not COCO JSON, or two categories conflict.
     """
     if len(files) != len(names):
         raise DataError(f"--coco has {len(files)} files for {len(names)} --splits: name one for each")
@@ -155,12 +157,12 @@ def read_categories(path: Path, entries: list[dict]) -> dict[int | str, dict]:
         if isinstance(name, int | float) and not isinstance(name, bool):
             name = str(name)
         if not isinstance(name, str) or not name.strip() or (problem := name_problem(name)):
-            why = f" {problem}" if isinstance(name, str) and name.strip() else " is no name of a class"
-            raise DataError(f"{path} is no COCO JSON file: category {entry.get('id')!r:.80}: {name!r:.80}{why}")
+            why = f" {problem}" if isinstance(name, str) and name.strip() else " is not a class name"
+            raise DataError(f"{path} is not a COCO JSON file: category {entry.get('id')!r:.80}: {name!r:.80}{why}")
         try:
             category_id = parse_id(entry.get("id"))
         except ValueError as error:
-            raise DataError(f"{path} is no COCO JSON file: category {name!r:.80} has {error}") from None
+            raise DataError(f"{path} is not a COCO JSON file: category {name!r:.80} has {error}") from None
         if category_id in categories:
             raise DataError(f"{path} gives two categories the same id {category_id!r}")
         categories[category_id] = {**entry, "name": name.strip()}
@@ -170,8 +172,8 @@ def read_categories(path: Path, entries: list[dict]) -> dict[int | str, dict]:
 def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
     """{name: id} of the categories of all files.
 
-    A category that no file has an object of, and that another one names as its supercategory, is a group and no class:
-    Roboflow writes the project's name as category 0. Where ids are no whole numbers from 0, classes get 1..C.
+    A category that has no objects and is the supercategory of another one is not a class: Roboflow writes the name of
+    the project as category 0. If any id is not an integer of at least 0, all classes get the ids 1..C.
 
     Raises:
         DataError: one name has two ids, or one id two names.
@@ -197,7 +199,7 @@ def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
                     f"{file.path} gives category {name!r} the id {category_id}, {files[0].path} {ids[name]}"
                 )
     if not ids:
-        raise DataError(f"{files[0].path} names no category: which classes are there?")
+        raise DataError(f"{files[0].path} has no categories, so the classes are unknown")
     whole = {
         name: category_id for name, category_id in ids.items() if isinstance(category_id, int) and category_id >= 0
     }
@@ -209,7 +211,7 @@ def merge_categories(files: Sequence[CocoFile]) -> dict[str, int]:
 
 
 def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
-    """Reads a COCO file's images with their objects; DataError names the file and what is wrong with it."""
+    """Reads the images of a COCO file with their objects; raises a DataError if the file cannot be used."""
     content = read_coco_json(path)
     categories = read_categories(path, content["categories"])
     problems: list[Problem] = []
@@ -229,8 +231,8 @@ def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
             problems.append(Problem("object of an unknown class", f"{text}: category {entry.get('category_id')!r:.80}"))
         else:
             file.used.add(parse_id(entry["category_id"]))
-            if (one := read_object(entry, category["name"], text, problems)) is not None:
-                record.objects.append(one)
+            if (obj := read_object(entry, category["name"], text, problems)) is not None:
+                record.objects.append(obj)
     file.split.records = [lambda record=record: record for record in unique]
     return file
 
@@ -250,21 +252,21 @@ def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dic
     for entry in entries:
         name = entry.get("file_name")
         if not isinstance(name, str) or not name:
-            shown = "no file_name" if name is None else f"the file_name {name!r:.80}, which is no text"
-            raise DataError(f"{path} is no COCO JSON file: image {entry.get('id')!r:.80} has {shown}")
+            shown = "no file_name" if name is None else f"the file_name {name!r:.80}, which is not a text"
+            raise DataError(f"{path} is not a COCO JSON file: image {entry.get('id')!r:.80} has {shown}")
         try:
             image_id = parse_id(entry.get("id"))
         except ValueError as error:
-            raise DataError(f"{path} is no COCO JSON file: image {name!r:.80} has {error}") from None
+            raise DataError(f"{path} is not a COCO JSON file: image {name!r:.80} has {error}") from None
         if image_id in records:
             raise DataError(f"{path} gives two images the id {image_id!r}")
         try:
             size = parse_size(entry.get("height"), entry.get("width"))
         except ValueError:
             sides = f"{entry['width']!r:.80} x {entry['height']!r:.80}"
-            raise DataError(f"{path}: image {image_id!r} has a size that is no number: {sides}") from None
+            raise DataError(f"{path}: image {image_id!r} has a size that is not a number: {sides}") from None
         name = name.replace("\\", "/")  # Windows
-        # A text stays one: results have to name the image as the file does.
+        # A string id stays a string: results have to use the ids of the file.
         written_id = entry["id"] if isinstance(entry["id"], str) else image_id
         record = Record(name, str(path), [], size, image_id=written_id)
         records[image_id] = by_name.setdefault(posixpath.normpath(name), record)
@@ -275,10 +277,10 @@ def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dic
 
 
 def find_image_root(path: Path, split: str, image_root: object, records: Sequence[Record]) -> Path:
-    """The folder from which a file names its images.
+    """Returns the folder that the file names of a COCO file are relative to: the one with the most images of a sample.
 
-    The file's own `info.image_root` comes first, as data lists have it. Then folders are looked at in which tools put
-    the images: beside the file, beside its folder, in `images`, `data`, or a folder called like the split.
+    The candidates are `info.image_root`, which data lists have, and the folders that tools export images to: beside the
+    file or its parent folder, in `images`, `data`, or a folder named like the split.
 
     Raises:
         DataError: no image of a sample is in any of them.
@@ -297,15 +299,15 @@ def find_image_root(path: Path, split: str, image_root: object, records: Sequenc
     if count(best) == 0:
         looked = ", ".join(dict.fromkeys(str(folder) for folder in folders[:3]))
         raise DataError(
-            f"no image of {path} can be found, such as {sample[0].file_name:.200}: it is not in {looked} or the like. "
-            "Name the images' folder with --images",
+            f"no image of {path} can be found, such as {sample[0].file_name:.200}: it is not in {looked} or similar "
+            "folders. Name the image folder with --images",
             "image missing",
         )
     return best
 
 
 def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> RawObject | None:
-    """The object of an annotation, None where it has no box; what is wrong is appended to `problems`."""
+    """Returns the object of an annotation, None if it has no box; problems are appended to `problems`."""
     box, segmentation = entry.get("bbox"), entry.get("segmentation")
     edges: tuple[float, float, float, float] | None
     try:

@@ -28,7 +28,7 @@ PART = 50_000  # annotations
 
 
 class Strings:
-    """A list of strings as two arrays: worker processes share these, where each would copy a list of str."""
+    """A list of strings as two arrays, which worker processes share; each process would copy a list of str."""
 
     def __init__(self, data: np.ndarray, ends: np.ndarray):
         self.data, self.ends = data, ends  # uint8 (bytes,), UTF-8; int64 (n,)
@@ -64,7 +64,7 @@ class DataList:
     labels: np.ndarray  # (objects,) int32, 1..C
     difficult: np.ndarray  # (objects,) bool
     crowd: np.ndarray  # (objects,) bool
-    areas: np.ndarray | None = None  # (objects,) float32, square pixels; None where they are the boxes' areas
+    areas: np.ndarray | None = None  # (objects,) float32, square pixels; None if they are the boxes' areas
     truncated: np.ndarray | None = None  # (objects,) int8: 1, 0, or -1 where it is not known; None if it never is
     arrays_file: Path | None = None  # where the arrays are mapped from, if they are
 
@@ -90,10 +90,10 @@ class DataList:
 
     @property
     def content_hash(self) -> str:
-        """BLAKE2b of what a training sees of the list, in hexadecimal; equal for lists that train alike.
+        """BLAKE2b hash of the content that affects training, in hexadecimal.
 
         Classes, image names, sizes, EXIF turns, boxes, labels, difficult and crowd flags and the order of all these
-        count. Where the list and its images lie, the images' pixels, ids, areas and truncated flags do not.
+        count. The paths of the list and its images, the images' pixels, ids, areas and truncated flags do not.
         """
         digest = hashlib.blake2b(json.dumps([self.classes, len(self), len(self.boxes)]).encode(), digest_size=16)
         arrays = {
@@ -141,18 +141,18 @@ class DataList:
         try:
             image = read_image(path, self.apply_exif[index])
         except DataError as error:
-            sentence = f"{error}; {self.path} lists it (--images FOLDER if the photographs moved)"
+            sentence = f"{error}; {self.path} lists it (--images FOLDER if the images were moved)"
             raise DataError(sentence, error.kind) from error
         if (image.height, image.width) != (height, width):
             raise DataError(
                 f"image {path} is {image.width}x{image.height} pixels, but {self.path} says {width}x{height}: "
-                "list the data anew"
+                "create the list again"
             )
         return image
 
     @classmethod
     def load(cls, path: str | Path, images: str | Path | None = None) -> "DataList":
-        """Reads a list as create_data_lists.py writes it.
+        """Reads a list that create_data_lists.py wrote.
 
         A large list's arrays are kept in a file beside it, which later calls map into memory instead of reading the
         JSON: parsing a million images takes gigabytes, and worker processes share what is mapped.
@@ -163,11 +163,11 @@ class DataList:
 
         Raises:
             FileNotFoundError: there is no such file.
-            DataError: it is no COCO JSON, an id is unknown or there twice, a box is empty or leaves its image.
+            DataError: it is not COCO JSON, an id is unknown or repeated, a box is empty or leaves its image.
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py makes one")
+            raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py creates one")
         if path.stat().st_size < ARRAYS_FROM:
             return cls._from_json(path, images)
         arrays_file, file_hash = path.with_suffix(".arrays"), hash_file(path)
@@ -184,17 +184,17 @@ class DataList:
     def _from_json(cls, path: Path, images: str | Path | None = None) -> "DataList":
         try:
             if path.stat().st_size >= STREAMED_FROM:
-                with contextlib.suppress(ijson.JSONError):  # no JSON, or no UTF-8: below it is named, or read
+                with contextlib.suppress(ijson.JSONError):  # not JSON or not UTF-8: handled by the next line
                     return cls.from_coco(path, stream_coco_json(path), images)
             return cls.from_coco(path, read_coco_json(path), images)
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-            raise DataError(f"{path} is no COCO JSON data list ({type(error).__name__}: {error})") from error
+            raise DataError(f"{path} is not a COCO JSON data list ({type(error).__name__}: {error})") from error
 
     @classmethod
     def from_coco(cls, path: Path, content: dict[str, Any], images: str | Path | None = None) -> "DataList":
-        """Makes a data list of a COCO file's content.
+        """Makes a data list from the content of a COCO file.
 
         Args:
             path: where the content is, for messages and for a relative `image_root`.
@@ -203,13 +203,13 @@ class DataList:
             images: overrides info.image_root.
 
         Raises:
-            DataError: an id is unknown or there twice, a box is empty or leaves its image, a name or id is unusable.
-            Exception: KeyError, TypeError, ValueError and the like where the content has another form; load() turns
+            DataError: an id is unknown or repeated, a box is empty or leaves its image, a name or id is unusable.
+            Exception: KeyError, TypeError, ValueError and the like if the content has another form; load() turns
                 them into a DataError.
         """
         for category in content["categories"]:
             if type(category["id"]) is not int or category["id"] < 0 or not isinstance(category["name"], str):
-                raise DataError(f"{path}: category {category} has to have a whole number from 0 as its id, and a name")
+                raise DataError(f"{path}: category {category} must have an id, a whole number from 0, and a name")
         category_ids = tuple(category["id"] for category in content["categories"])
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
         row_of = {image["id"]: row for row, image in enumerate(content["images"])}
@@ -233,7 +233,7 @@ class DataList:
         areas = np.where(np.isnan(areas), box_areas, areas)
         return cls(
             path=str(path),
-            # An image root that is no absolute path is meant from where the list lies.
+            # A relative image root is relative to the folder of the list.
             image_root=Path(images) if images else path.parent / content["info"].get("image_root", "."),
             classes=tuple(category["name"] for category in content["categories"]),
             category_ids=category_ids,
@@ -269,7 +269,7 @@ class DataList:
         fields = {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
         arrays = {name: value.numpy() for name, value in content.items() if isinstance(value, torch.Tensor)}
         for array in arrays.values():
-            array.view(np.uint8).max(initial=0)  # one pass in order now, in place of page faults here and there later
+            array.view(np.uint8).max(initial=0)  # one sequential pass now avoids random page faults later
         for name in ("file_names", "image_ids"):
             if f"{name}.data" in arrays:
                 arrays[name] = Strings(arrays.pop(f"{name}.data"), arrays.pop(f"{name}.ends"))
@@ -312,13 +312,13 @@ def _object_columns(
     boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(len(objects), 4)
     boxes[:, 2:] += boxes[:, :2]
     limits = sizes[rows][:, [1, 0, 1, 0]]  # (n, 4): width, height, width, height
-    # Written so that NaN is bad too. A hundredth of a pixel is what rounding may add.
+    # NaN counts as bad too. Rounding may add a hundredth of a pixel.
     good = (boxes >= -0.01).all(axis=1) & (boxes <= limits + 0.01).all(axis=1)
     bad = ~(good & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
     if bad.any():
         entry = objects[bad.argmax()]
         problem = f"annotation {entry.get('id')} has a box {entry['bbox']} that is empty or leaves its image"
-        raise DataError(f"{path}: {problem}; list the data anew")
+        raise DataError(f"{path}: {problem}; create the list again")
 
     def column(values: Iterable, dtype: type) -> np.ndarray:
         return np.fromiter(values, dtype, len(objects))
@@ -336,7 +336,7 @@ def _object_columns(
 
 
 def _stored_hash(arrays_file: Path) -> str | None:
-    """The hash of the JSON that an arrays file was made of; None where there is no such file, or no whole one."""
+    """The hash of the JSON from which an arrays file was made; None if the file is missing or incomplete."""
     try:
         content = torch.load(arrays_file, mmap=True, weights_only=True)
         return content["file_hash"] if content["version"] == ARRAYS_VERSION else None

@@ -1,7 +1,7 @@
-"""Image files are made safe to open: metadata that no one needs is removed, and absurd headers are refused.
+"""Makes image files safe to open: removes unneeded metadata, and refuses headers with implausible values.
 
-Pillow parses metadata when it opens a file. A broken block then costs an image whose pixels are whole, and a small file
-can hold tags that take gigabytes once parsed. Nothing here needs metadata other than the EXIF orientation.
+Pillow parses metadata when it opens a file. A broken block then makes an intact image unreadable, and a small file
+can have tags that take gigabytes once parsed. Nothing here needs metadata other than the EXIF orientation.
 """
 
 import io
@@ -24,7 +24,7 @@ _PNM_HEADER = re.compile(rb"P[456](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2,3}\s")
 
 
 class HeaderError(Exception):
-    """A file's header is absurd or hostile; the message says what is wrong."""
+    """A file's header is implausible or hostile; the message says why."""
 
 
 def prepare(file: BinaryIO) -> BinaryIO:
@@ -57,7 +57,7 @@ def prepare(file: BinaryIO) -> BinaryIO:
     elif head[:4] == b"\xff\x4f\xff\x51" or head[4:8] == b"jP  ":
         _check_jpeg2000(file.read())
     elif re.match(rb"P[1-6]", head) and not _PNM_HEADER.match(file.read(2**16)):
-        raise HeaderError("it is no binary PBM, PGM or PPM file, or its header is longer than 64 kB")
+        raise HeaderError("it is not a binary PBM, PGM or PPM file, or its header is longer than 64 kB")
     file.seek(0)
     return file
 
@@ -143,7 +143,7 @@ def _clean_gif(data: bytes) -> bytes:
 
 
 def _clean_avif(data: bytes) -> bytes:
-    """Renames the EXIF item, so that it is passed over: an AVIF's orientation is a property of the image itself."""
+    """Renames the EXIF item, so that it is ignored: an AVIF's orientation is a property of the image itself."""
     return re.sub(rb"(infe[\x02\x03]\0\0.(?:..|....)\0\0)Exif", rb"\1skip", data, flags=re.DOTALL)
 
 
@@ -152,7 +152,7 @@ def _clean_avif(data: bytes) -> bytes:
 
 
 def _check_jpeg2000(data: bytes) -> None:
-    """Refuses a file whose header and codestream differ in size: the second is what is decoded."""
+    """Refuses a file whose header and codestream differ in size: decoders use the second."""
     place = data.find(b"\xff\x4f\xff\x51")
     if place < 0 or len(data) < place + 40:
         raise HeaderError("it has no codestream")

@@ -1,4 +1,4 @@
-"""Find image files and read them as RGB; what cannot be read raises a DataError that names the file."""
+"""Finds image files and reads them as RGB; a file that cannot be read raises a DataError with its name."""
 
 import contextlib
 import io
@@ -19,29 +19,29 @@ from utils import InputError
 
 try:
     import pillow_heif  # type: ignore[import-not-found]
-except ImportError:  # optional: without it, HEIC and HEIF files are passed over
+except ImportError:  # optional: without it, HEIC and HEIF files are skipped
     pass
 else:
     pillow_heif.register_heif_opener()
 
 Image.init()  # registers Pillow's own formats
 
-# The raster formats that Pillow decodes itself. Never add one whose plugin starts another program (EPS), draws (WMF),
-# opens a picture inside of the file by itself (IPTC, ICO, ICNS, FITS, MIC), or only recognises its files (GRIB, MPEG).
+# The raster formats that Pillow decodes itself. Never add one whose plugin starts another program (EPS), renders
+# vectors (WMF), opens an embedded picture (IPTC, ICO, ICNS, FITS, MIC), or only identifies its files (GRIB, MPEG).
 _WANTED = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "MPO", "TGA", "PPM", "HEIF")
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # MPO has no opener: its files are opened as JPEG
 IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _WANTED)
-MAX_PIXELS = 89_000_000  # of one image: more is refused before any of it is decoded
+MAX_PIXELS = 89_000_000  # per image: larger ones are refused before they are decoded
 
-SLOW_PIXELS = 2_000_000  # of one image whose format Pillow decodes in Python, seconds a megapixel
+SLOW_PIXELS = 2_000_000  # per image of a format that Pillow decodes in Python, seconds per megapixel
 
 
 class DataError(InputError):
     """A data list or an image that cannot be used.
 
     Args:
-        message: names it and says what to do.
-        kind: what is wrong, without names, to count problems by.
+        message: names the file and says what to do.
+        kind: the problem without names, for counting.
     """
 
     def __init__(self, message: str, kind: str = "unusable"):
@@ -50,11 +50,11 @@ class DataError(InputError):
 
 
 class ImageWarning(UserWarning):
-    """An image lost much of what it held on its way to 8 bits."""
+    """An image lost much of its content in the conversion to 8 bits."""
 
 
 def is_image_name(path: str | os.PathLike) -> bool:
-    """Whether a file's name ends as an image's does, in upper or lower case."""
+    """Whether a file name has the ending of an image, in upper or lower case."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -63,23 +63,23 @@ def find_images(
 ) -> tuple[list[Path], Counter[str]]:
     """Lists the image files in a folder and the folders below it.
 
-    Linked folders are followed, each real folder once, so that a link to a parent does no harm.
+    Symbolic links are followed, but each real folder is listed only once, so a link to a parent is harmless.
 
     Args:
-        folder: where to look.
-        suffixes: endings to look for, in lower case with their dot; names are compared in lower case.
+        folder: folder to search.
+        suffixes: endings to search for, in lower case with their dot; names are compared in lower case.
 
     Returns:
-        The files' paths, sorted, each beginning with `folder`; and how many files were passed over, by their ending in
+        The files' paths, sorted, each beginning with `folder`; and the number of skipped files by their ending in
         lower case ("no ending" for none). Hidden files and folders, whose names begin with a dot, count as "hidden".
 
     Raises:
         DataError: a folder cannot be listed.
     """
     images: list[Path] = []
-    passed_over: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     folders, links, seen = [Path(folder)], deque[Path](), set[str]()
-    while folders or links:  # links last: a folder keeps its own name where a link leads to it too
+    while folders or links:  # links last, so that a folder that is also linked keeps its own path
         current = folders.pop() if folders else links.popleft()
         if (real := os.path.realpath(current)) in seen:
             continue
@@ -91,14 +91,14 @@ def find_images(
         for entry in entries:
             path = current / entry
             if entry.startswith("."):
-                passed_over["hidden"] += 1
+                skipped["hidden"] += 1
             elif os.path.isdir(path):
                 (links if path.is_symlink() else folders).append(path)
             elif path.suffix.lower() in suffixes:
                 images.append(path)
             else:
-                passed_over[path.suffix.lower() or "no ending"] += 1
-    return sorted(images), passed_over
+                skipped[path.suffix.lower() or "no ending"] += 1
+    return sorted(images), skipped
 
 
 @contextlib.contextmanager
@@ -108,16 +108,16 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int | None = None,
 ) -> Iterator[Image.Image]:
-    """Opens an image for a with block, not yet decoded, its metadata reduced to the EXIF orientation.
+    """A context manager that opens an image, not yet decoded, with its metadata reduced to the EXIF orientation.
 
     Args:
         source: a path, or a file open for reading.
-        name: what messages call the image; its path if not given.
+        name: name of the image in messages; by default its path.
         max_pixels: an image with more is refused before it is decoded.
         max_bytes: an image is refused whose decoding would take more memory (see decoding_bytes); None for no limit.
 
     Raises:
-        DataError: what goes wrong here or in the with block, with the image's name.
+        DataError: for any error here or in the with block, with the image's name.
     """
     name = name or str(source)
     try:
@@ -139,23 +139,23 @@ def open_image(
     except FileNotFoundError:
         raise DataError(f"image {name} is missing", "image missing") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"image {name} is no image that can be read", "file is no image") from None
+        raise DataError(f"image {name} is not a readable image", "file is not an image") from None
     except Image.DecompressionBombError as error:  # raised before anything is decoded
         raise DataError(f"image {name} is refused, shrink it or cut it up: {error}", "image too large") from None
     except HeaderError as error:
         raise DataError(f"image {name} is refused: {error}", "image damaged") from None
     except (DataError, MemoryError):
         raise
-    except Exception as error:  # decoders raise nearly anything: struct.error, TypeError, RuntimeError
+    except Exception as error:  # decoders may raise nearly any exception: struct.error, TypeError, RuntimeError
         raise DataError(f"image {name} is damaged: {error}", "image damaged") from error
 
 
-# Bytes a pixel that decoders take at most, the RGB result (4) included, measured with Pillow 12.3 and 12 megapixels.
+# Maximum bytes per pixel of decoders, the RGB result (4) included, measured with Pillow 12.3 and 12 megapixels.
 _DECODER_COST = {"JPEG2000": 26, "AVIF": 20, "WEBP": 18, "TIFF": 17, "HEIF": 20}
 
 
 def decoding_bytes(image: Image.Image) -> int:
-    """Returns about how much memory load_image takes at most for an image that open_image has opened."""
+    """Estimates the maximum memory of load_image for an image that open_image has opened."""
     bands = len(image.getbands())
     cost = 5 if image.mode in ("1", "L", "P", "RGB") and not image.has_transparency_data else 10
     if image.info.get("progressive"):  # libjpeg keeps all coefficients, 2 bytes each
@@ -169,7 +169,7 @@ def read_image(path: str | os.PathLike, apply_exif: bool = False) -> Image.Image
     """Returns the decoded RGB image of a file, turned by its EXIF orientation if apply_exif.
 
     Raises:
-        DataError: the file is missing, damaged, too large or no image; names it.
+        DataError: the file is missing, damaged, too large or not an image; the message names it.
     """
     with open_image(path) as image:
         return to_rgb(upright(image) if apply_exif else image, str(path))
@@ -181,13 +181,13 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int | None = None,
 ) -> Image.Image:
-    """Returns an upright RGB image (by its EXIF orientation) of anything that holds one.
+    """Returns an upright RGB image (by its EXIF orientation) from a file, PIL image, array or tensor.
 
     Args:
         source: a path, the bytes of a file, a PIL image, a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
             uint8, uint16 or floats 0..1, or a tensor (3, H, W) or (1, H, W) of uint8 or floats 0..1. Channels are RGB
             or RGBA; OpenCV's arrays are BGR: give array[..., ::-1].
-        name: what messages call an image of bytes.
+        name: name of an image of bytes in messages.
         max_pixels, max_bytes: as for open_image, for paths and bytes.
 
     Returns:
@@ -195,7 +195,7 @@ def load_image(
         before you draw on it. More than 8 bits a channel become 8 as to_rgb says; transparency is filled.
 
     Raises:
-        InputError: it is no image; a DataError, with its name, if it is a file that cannot be read.
+        InputError: it is not an image; a DataError, with its name, if it is a file that cannot be read.
     """
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         is_path = isinstance(source, (str, os.PathLike))
@@ -213,31 +213,35 @@ def load_image(
             raise DataError(f"an image is damaged: {error}") from error
     if isinstance(source, torch.Tensor):
         if source.dim() != 3 or source.shape[0] not in (1, 3):
-            raise InputError(f"a tensor of shape {tuple(source.shape)} is no picture: (3, H, W) or (1, H, W)")
+            raise InputError(
+                f"a tensor of shape {tuple(source.shape)} is not an image: expected (3, H, W) or (1, H, W)"
+            )
         if source.is_floating_point():
             source = source.float()  # numpy has no bfloat16
         source = source.detach().cpu().permute(1, 2, 0).numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    raise InputError(f"a {type(source).__name__} is no picture: a path, bytes, PIL image, array or tensor is")
+    raise InputError(
+        f"an object of type {type(source).__name__} is not an image: pass a path, bytes, PIL image, array or tensor"
+    )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise InputError(f"an array of shape {array.shape} is no picture: (H, W), (H, W, 3) or (H, W, 4)")
+        raise InputError(f"an array of shape {array.shape} is not an image: expected (H, W), (H, W, 3) or (H, W, 4)")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise InputError(f"an array of {array.shape[1]} x {array.shape[0]} pixels is refused: shrink it")
     if array.dtype.kind == "f":
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise InputError("an array of floats has to lie in 0..1 and be finite")
+            raise InputError("an array of floats must be finite and in 0..1")
         array = (array * 255).round()
     elif array.dtype == np.uint16:
         low, high = _grey_range(int(array.min()), int(array.max()), (0, 65535))
         array = _to_grey_levels(array, low, high)
     elif array.dtype != np.uint8:
-        raise InputError(f"an array of {array.dtype} is no picture: uint8, uint16 or float 0..1 is")
+        raise InputError(f"an array of {array.dtype} is not an image: expected uint8, uint16 or floats in 0..1")
     return to_rgb(Image.fromarray(array.astype(np.uint8)))
 
 
@@ -252,7 +256,7 @@ _TURNS = dict(  # by EXIF orientation
 
 
 def orientation(image: Image.Image) -> int:
-    """Returns an image's EXIF orientation, 1 (upright) to 8; 1 too where it has none or its EXIF block is broken."""
+    """Returns an image's EXIF orientation, 1 (upright) to 8; also 1 if it has none or its EXIF block is broken."""
     if isinstance(exif := image.info.get("exif"), bytes):
         return exif_orientation(exif)
     try:
@@ -265,8 +269,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned by its EXIF orientation; the image itself where there is nothing to turn."""
-    image.load()  # a TIFF turns itself meanwhile
+    """Returns an image turned by its EXIF orientation; the image itself if it is upright."""
+    image.load()  # which already turns a TIFF
     turn = _TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -274,23 +278,25 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Returns a PIL image of any mode as 8-bit RGB; the image itself if it is that already.
 
-    Transparency is filled with the mean colour FILL. More than 8 bits a channel are reduced by one rule:
+    Transparency is filled with the mean colour FILL. More than 8 bits per channel are reduced by one rule:
 
-    - The full scale is what the file says: SMinSampleValue and SMaxSampleValue of a TIFF, else its bits per sample,
+    - The full scale is that of the file: SMinSampleValue and SMaxSampleValue of a TIFF, else its bits per sample,
       else 0..65535 for 16 bits (a value becomes value // 257); 0..1 for floats within it. Integers of 32 bits and
       other floats have the smallest of 0..255, 0..65535 and 0..2^32 - 1 that holds them.
     - Where no pixel reaches a quarter of it, or where it leaves fewer than 16 grey levels, as for a thermal camera or
       12 bits stored in 16, the image's own minimum and maximum become 0 and 255; a warning says so once in a process.
-    - An image with fewer than 16 grey levels after that is named in a warning.
-    - Colours of 16 bits keep their upper 8; an image with at most 16 levels after that, as of 12 bits, is named too.
+    - An image with fewer than 16 grey levels after that is reported in a warning.
+    - Colours of 16 bits keep their upper 8; an image with at most 16 levels after that, as of 12 bits, is reported too.
 
     Args:
         image: decoded or not.
-        name: what warnings call it.
+        name: name of the image in warnings.
     """
     image.load()
     if image.info.get("16 bits") and (levels := _count_levels(image)) <= 16:
-        sentence = f"{name} is dark or flat: {levels} levels are left of its 16 bits a channel; stretch them beforehand"
+        sentence = (
+            f"{name} is dark or flat: {levels} levels are left of its 16 bits a channel; stretch its range beforehand"
+        )
         warnings.warn(sentence, ImageWarning, stacklevel=2)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -327,12 +333,12 @@ def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _count_levels(image: Image.Image) -> int:
-    """How many of 0..255 the colours of an image of mode L, RGB or RGBA take."""
+    """The number of distinct values in 0..255 of an image of mode L, RGB or RGBA."""
     return int(np.reshape(image.histogram(), (-1, 256))[:3].any(axis=0).sum())
 
 
 def _value_bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
-    """The bands as arrays (rows, W) of their own type, what is not finite as 0."""
+    """The bands as arrays (rows, W) of their own type, values that are not finite as 0."""
     for top, band in _bands(image):
         yield top, np.nan_to_num(np.asarray(band), posinf=0, neginf=0)
 
@@ -361,7 +367,7 @@ def _grey_range(smallest: float, largest: float, full: tuple[float, float]) -> t
     if not (dark or flat) or smallest == largest:
         return low, high
     sentence = "images of more than 8 bits that would be nearly black or flat are stretched to their own range"
-    warnings.warn(sentence, ImageWarning, stacklevel=1)  # of this line, so that Python prints it once
+    warnings.warn(sentence, ImageWarning, stacklevel=1)  # stacklevel 1, so that Python prints it once
     return smallest, largest
 
 
@@ -383,6 +389,6 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 def fit_image(image: Image.Image, side: int) -> torch.Tensor:
     """Returns an RGB PIL image squashed to uint8 (3, side, side): the network's input outside of training."""
-    # Of a large image no whole copy is made: its bands get their width first, and all of them together their height.
+    # To avoid a full copy of a large image, its bands are resized in width first, then all together in height.
     rows = [resize(to_pixels(band), side, band.height).permute(1, 2, 0) for _, band in _bands(image)]
     return resize(torch.cat(rows).permute(2, 0, 1), side, side)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-GRID = 16  # cells a side
+GRID = 16  # cells per side
 # On VOCreal's 8,773 photographs every pair above 0.7 shows one scene twice, but for one of two plain backgrounds with
 # dark corners, and the pairs between 0.65 and 0.7 are half and half. Of 80 photographs, copies of JPEG quality 30, of
 # a third of the size or of another gamma stay above 0.97, copies that lost 4 % at one side above 0.72.
@@ -57,25 +57,29 @@ def nearest(first: np.ndarray, second: np.ndarray, rows: int = 1024) -> tuple[np
         (n,) int64 rows of `second`; (n,) float32 similarities; (n,) bool: whether one is mirrored.
     """
     count = len(first)
-    found, similarity, mirrored = np.zeros(count, np.int64), np.full(count, -2, np.float32), np.zeros(count, bool)
+    nearest_rows, similarity, mirrored = (
+        np.zeros(count, np.int64),
+        np.full(count, -2, np.float32),
+        np.zeros(count, bool),
+    )
     for start, column, best, turned in _similarities(first, second, rows):
         part, others = slice(start, start + len(best)), best.argmax(axis=1)
         each = np.arange(len(best))
         better = best[each, others] > similarity[part]
-        found[part] = np.where(better, column + others, found[part])
+        nearest_rows[part] = np.where(better, column + others, nearest_rows[part])
         mirrored[part] = np.where(better, turned[each, others], mirrored[part])
         similarity[part] = np.where(better, best[each, others], similarity[part])
-    return found, similarity, mirrored
+    return nearest_rows, similarity, mirrored
 
 
 def group_near(descriptors: np.ndarray, groups: np.ndarray, threshold: float = SAME_SCENE) -> np.ndarray:
     """Joins the groups of pictures that are nearly the same, as they are or mirrored.
 
-    Two pictures without any likeness end in one group if others between them are like both, as in a video.
+    Two dissimilar pictures end up in one group if others link them, as in a video.
 
     Args:
         descriptors: (n, 480), float16 or float32.
-        groups: (n,) int64, what is in one group already. Numbers are those of the first picture in the group.
+        groups: (n,) int64, the existing groups. The number of a group is that of its first picture.
         threshold: least similarity.
 
     Returns:

@@ -1,11 +1,11 @@
 """Decoded images of a data list in one file, which all worker processes read: training decodes each JPEG only once.
 
-    cache = PixelCache.build(data_list)  # decodes all images, unless the file is there already
+    cache = PixelCache.build(data_list)  # decodes all images, unless the file exists already
     pixels = cache.read(0)  # uint8 (3, H, W)
 
 The file holds the pixels alone, 3 bytes each, one image after another. Its name ends in a key of the images that went
 in, and it gets that name only when it is whole. It is read, not mapped into memory: a mapped page counts as memory of
-each worker that has touched it, and a worker would be killed by a file that was cut short.
+each worker that has touched it, and a truncated file would kill the worker.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ class PixelCache:
 
     @classmethod
     def build(cls, data_list: DataList, side: int = 0, wait: bool = False) -> "PixelCache":
-        """Returns the cache of a data list, made beside the list first unless there is one of the same images.
+        """Returns the cache of a data list, which is created beside the list unless there is one of the same images.
 
         Args:
             data_list: whose images to decode.
             side: images whose shorter side is longer are stored shrunk to it; 0 stores all of them whole.
-            wait: for another process to make the file, as all but one of those that train together on a machine do.
+            wait: wait until another process has created the file, as all but one process per machine do in a training.
 
         Raises:
             DataError: an image cannot be read.
@@ -65,7 +65,7 @@ class PixelCache:
                 _delete_stale(path)
                 cache._write(data_list)
         except OSError as error:
-            sentence = f"cannot cache pixels in {path}: {error}; make room, or do without (--cache off)"
+            sentence = f"cannot cache pixels in {path}: {error}; make room, or use --cache off"
             raise InputError(sentence) from error
         return cache
 
@@ -77,7 +77,7 @@ class PixelCache:
         return int(self.ends[-1]) if len(self) else 0
 
     def read(self, index: int) -> torch.Tensor | None:
-        """Returns an image as uint8 (3, H, W), channels last in memory; None if the file is gone or was cut short."""
+        """Returns an image as uint8 (3, H, W), channels last in memory; None if the file was deleted or truncated."""
         height, width = self.sizes[index].tolist()
         count = 3 * height * width
         try:
@@ -93,7 +93,7 @@ class PixelCache:
         if (free := shutil.disk_usage(self.path.parent).free) < self.num_bytes:
             raise InputError(
                 f"{self.path} takes {self.num_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: make "
-                "room, store images smaller (--set cache_side=400), or do without (--cache off)"
+                "room, store images smaller (--set cache_side=400), or use --cache off"
             )
         print(f"{self.path}: decoding {len(self)} images once, {self.num_bytes / 1e9:.2f} GB", file=sys.stderr)
 
@@ -135,7 +135,7 @@ def cache_path(data_list: DataList, side: int) -> Path:
         try:
             status = os.stat(data_list.image_path(index))
             file = (status.st_size, status.st_mtime_ns)
-        except OSError:  # reading the image will name it
+        except OSError:  # reported when the image is read
             file = (0, 0)
         turned = bool(data_list.apply_exif[index])
         digest.update(repr((data_list.file_names[index], height, width, turned, *file)).encode())
@@ -144,7 +144,7 @@ def cache_path(data_list: DataList, side: int) -> Path:
 
 
 def _delete_stale(path: Path) -> None:
-    """Deletes what `path` replaces: caches of the same list and side with another key, and what killed builds left."""
+    """Deletes what `path` replaces: caches of this list and side with another key, and files of killed builds."""
     list_and_side = path.name.rsplit(".", 2)[0]
     own = re.compile(re.escape(list_and_side) + r"\.[0-9a-f]{16}\.pixels(\.[0-9a-f]{8}\.unfinished)?")
     for other in path.parent.iterdir():

@@ -4,8 +4,8 @@
     groups = group_images(images)                       # near-duplicates and frames of one video are one group
     in_val = divide_groups(groups, counts, 0.2, seed)   # each class gets its share, and no group is cut
 
-Random images will not do. Two frames of a video, one in train and one in val, make a validation score too good, and a
-rare class may have no image in val at all.
+A random division is not enough. Two frames of a video, one in train and one in val, make a validation score too good,
+and a rare class may have no image in val at all.
 """
 
 import re
@@ -23,15 +23,15 @@ from fpnssd.data.near_duplicates import group_near
 from fpnssd.data.yolo_config import SAME_SPLIT
 
 VAL_SHARE = 0.2
-# Neighbours in a series of numbered names need less likeness than SAME_SCENE to be frames of one video. Of 1,562 such
+# Neighbours in a series of numbered names need less similarity than SAME_SCENE to be frames of one video. Of 1,562 such
 # neighbours that are independent photographs (1,200 of VOC and COCO, 364 of blood cells) none but a true copy has a
 # similarity above 0.3.
 SAME_VIDEO = 0.4
-RUNS = 10  # into which a scene is cut that fills more than half of a data set
+RUNS = 10  # into which a scene is cut if it has more than half of the images
 
 
 def split_to_divide(names: Collection[str]) -> str | None:
-    """Which split of a data set has to be divided into train and val.
+    """The split of a data set that has to be divided into train and val.
 
     Args:
         names: the splits that the data set has.
@@ -49,27 +49,27 @@ def split_to_divide(names: Collection[str]) -> str | None:
 
 
 def divide_results(
-    found: SplitAnnotations, results: Sequence[CheckResult], val_share: float = VAL_SHARE, seed: int = 0
+    annotations: SplitAnnotations, results: Sequence[CheckResult], val_share: float = VAL_SHARE, seed: int = 0
 ) -> list[Split]:
-    """Divides a checked data set into train and val, and prints how.
+    """Divides a checked data set into train and val, and prints the numbers.
 
     Args:
-        found: what the reader returned. Its problems go to train, as do those of images that cannot be used.
+        annotations: what the reader returned. Its problems go to train, as do those of images that cannot be used.
         results: of all its images.
         val_share: of the objects of each class, in 0..1.
-        seed: another one gives another division; the same one the same, in whatever order the images come.
+        seed: of the division, which does not depend on the order of the images.
 
     Returns:
         The splits train and val, images in the order of `results`.
 
     Raises:
-        DataError: there are not two images, or groups of images, to divide.
+        DataError: there are fewer than two groups of images.
     """
     named = sorted((image.file_name, place) for place, (image, *_) in enumerate(results) if image is not None)
     usable = [place for _, place in named]
     images = [image for place in usable if (image := results[place][0]) is not None]
     if not images:
-        return [collect_results("train", found, results)]
+        return [collect_results("train", annotations, results)]
     groups = group_images(images)
     if len(set(groups.tolist())) < 2:
         raise DataError(
@@ -79,16 +79,19 @@ def divide_results(
     in_val = np.zeros(len(results), bool)
     in_val[usable] = divide_groups(groups, count_objects(images), val_share, seed)
     print(
-        f"{found.name}: {len(images)} images are divided into train ({len(images) - in_val.sum()}) and val "
+        f"{annotations.name}: {len(images)} images are divided into train ({len(images) - in_val.sum()}) and val "
         f"({in_val.sum()}), {100 * val_share:g} % of each class as far as possible (--val-share, --seed). They are "
         f"{len(set(groups.tolist()))} groups: near-duplicates and frames of one video stay together"
     )
-    train, val = ([result for result, there in zip(results, in_val, strict=True) if there == part] for part in (0, 1))
-    return [collect_results("train", found, train), collect_results("val", replace(found, problems=[]), val)]
+    train, val = ([result for result, is_val in zip(results, in_val, strict=True) if is_val == part] for part in (0, 1))
+    return [
+        collect_results("train", annotations, train),
+        collect_results("val", replace(annotations, problems=[]), val),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which images belong together
+# Groups of images
 
 
 def group_images(images: Sequence[CheckedImage]) -> np.ndarray:
@@ -124,16 +127,17 @@ def group_images(images: Sequence[CheckedImage]) -> np.ndarray:
             series[match[1]].append((int(match[2]), place))
     for numbered in series.values():
         numbered.sort()
-        for (_, one), (_, other) in zip(numbered, numbered[1:], strict=False):
-            if descriptors[one].astype(np.float32) @ descriptors[other].astype(np.float32) >= SAME_VIDEO:
-                groups[groups == max(groups[[one, other]])] = min(groups[[one, other]])
+        for (_, first), (_, second) in zip(numbered, numbered[1:], strict=False):
+            if descriptors[first].astype(np.float32) @ descriptors[second].astype(np.float32) >= SAME_VIDEO:
+                groups[groups == max(groups[[first, second]])] = min(groups[[first, second]])
     groups = group_near(descriptors, groups)
     numbers, counts = np.unique(groups, return_counts=True)
     if len(images) > 2 and counts.max() > len(images) / 2:
         scene = np.flatnonzero(groups == numbers[counts.argmax()])
         print(
-            f"note: {len(scene)} of {len(images)} images show nearly one scene, as {images[scene[0]].file_name}: they "
-            f"are cut into {min(RUNS, len(scene))} runs of consecutive names, and val is not independent of train",
+            f"note: {len(scene)} of {len(images)} images show nearly the same scene, such as "
+            f"{images[scene[0]].file_name}: they are cut into {min(RUNS, len(scene))} runs of consecutive "
+            "names, and val is not independent of train",
             file=sys.stderr,
         )
         runs = np.arange(len(scene)) * RUNS // len(scene)
@@ -161,31 +165,31 @@ def _join_equal(groups: np.ndarray, keys: Iterable[Hashable]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which groups go to val
+# Groups of val
 
 
 def count_objects(images: Sequence[CheckedImage]) -> np.ndarray:
     """(images, classes) int64: objects of each class, in the order of their names."""
     classes = {
-        name: label for label, name in enumerate(sorted({one.name for image in images for one in image.objects}))
+        name: label for label, name in enumerate(sorted({obj.name for image in images for obj in image.objects}))
     }
     counts = np.zeros((len(images), len(classes)), np.int64)
     for row, image in zip(counts, images, strict=True):
-        for one in image.objects:
-            row[classes[one.name]] += 1
+        for obj in image.objects:
+            row[classes[obj.name]] += 1
     return counts
 
 
 def divide_groups(groups: np.ndarray, counts: np.ndarray, val_share: float, seed: int = 0) -> np.ndarray:
     """Chooses the images of val: whole groups, such that each class has its share of objects there.
 
-    Images without objects are divided as a class is.
+    Images without objects are divided like a class.
 
     This is iterative stratification (Sechidis et al., On the Stratification of Multi-Label Data, 2011) over groups: the
     class with the fewest groups comes first, and each of its groups goes to the part that lacks most of the class. If
     each group has one class alone, the objects of a class in val differ from its share by at most half of its largest
     group, or by what the next rule takes: a class of two or more groups is in both parts. With several classes
-    in a group both are met as far as these steps go. The only group of a class goes to train.
+    in a group, both hold as far as these steps allow. The only group of a class goes to train.
 
     Args:
         groups: (n,) int64, the group of each image.
@@ -200,7 +204,7 @@ def divide_groups(groups: np.ndarray, counts: np.ndarray, val_share: float, seed
     numbers, member = np.unique(groups, return_inverse=True)
     objects = np.zeros((len(numbers), counts.shape[1]), np.int64)
     np.add.at(objects, member, counts)
-    there = objects > 0
+    present = objects > 0
     part = np.full(len(numbers), -1)  # 0 train, 1 val
     images = np.bincount(member)
     shares = np.array([1 - val_share, val_share])
@@ -208,36 +212,36 @@ def divide_groups(groups: np.ndarray, counts: np.ndarray, val_share: float, seed
     lacking_images = shares * len(groups)
     order = np.random.default_rng(seed).permutation(len(numbers))
     while (part < 0).any():
-        left = (there & (part < 0)[:, None]).sum(axis=0)
+        left = (present & (part < 0)[:, None]).sum(axis=0)
         label = np.where(left > 0, left, len(numbers) + 1).argmin()
-        placing = order[(part[order] < 0) & there[order, label]]
+        placing = order[(part[order] < 0) & present[order, label]]
         for place, group in enumerate(placing):
-            chosen = max((0, 1), key=lambda one: (lacking[one, label], lacking_images[one]))
+            chosen = max((0, 1), key=lambda side: (lacking[side, label], lacking_images[side]))
             if place == len(placing) - 1:
-                has = [(there[:, label] & (part == one)).any() for one in (0, 1)]
+                has = [(present[:, label] & (part == side)).any() for side in (0, 1)]
                 chosen = chosen if has[0] == has[1] else has.index(False)
                 chosen = chosen if any(has) else 0
             part[group] = chosen
             lacking[chosen] -= objects[group]
             lacking_images[chosen] -= images[group]
-    _put_classes_in_both(there, part, images)
+    _put_classes_in_both(present, part, images)
     return part[member] == 1
 
 
-def _put_classes_in_both(there: np.ndarray, part: np.ndarray, images: np.ndarray) -> None:
-    """Moves groups, in place, so that classes of two or more groups are in both parts, if one move each will do.
+def _put_classes_in_both(present: np.ndarray, part: np.ndarray, images: np.ndarray) -> None:
+    """Moves groups, in place, so that classes of two or more groups are in both parts, if moving one group suffices.
 
     Args:
-        there: (groups, classes) bool: which classes a group has.
+        present: (groups, classes) bool: which classes a group has.
         part: (groups,) 0 or 1.
         images: (groups,) their number.
     """
-    for label in np.flatnonzero(there.sum(axis=0) > 1):
-        held = part[there[:, label]]
-        if held.min() != held.max():
+    for label in np.flatnonzero(present.sum(axis=0) > 1):
+        parts_of_class = part[present[:, label]]
+        if parts_of_class.min() != parts_of_class.max():
             continue
-        source = held[0]
-        last = there[part == source].sum(axis=0) == 1  # classes that would be absent from the source in their turn
-        free = np.flatnonzero(there[:, label] & ~(there & last).any(axis=1))
+        source = parts_of_class[0]
+        last = present[part == source].sum(axis=0) == 1  # classes that would be absent from the source in their turn
+        free = np.flatnonzero(present[:, label] & ~(present & last).any(axis=1))
         if len(free):
             part[free[images[free].argmin()]] = 1 - source

@@ -3,7 +3,7 @@
     python -m fpnssd.data.synthetic --out data/synthetic_voc --train 300 --val 60 --seed 0
 
 Objects have all three of COCO's sizes, overlap and are truncated by the frame; those that are mostly hidden are
-`difficult`; some images have none. An image depends on the seed, its split and its number alone.
+`difficult`; some images have none. An image depends only on the seed, its split and its number.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from utils import InputError, atomic_write, check_outputs, write_text
+from utils import HelpFormatter, InputError, atomic_write, check_outputs, write_text
 
 EMPTY_SHARE = 0.06  # images without objects
 SUPERSAMPLE = 2  # shapes are drawn larger and shrunk, for smooth edges
@@ -27,14 +27,12 @@ LITTLE_VISIBLE = 0.35  # below this share of its pixels an object is difficult
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", default="data/synthetic_voc", help="folder that gets the VOC layout")
-    parser.add_argument("--train", type=int, default=300, help="number of images")
-    parser.add_argument("--val", type=int, default=60, help="number of images")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument("--out", default="data/synthetic_voc", help="folder to write")
+    parser.add_argument("--train", type=int, default=300, help="number of images for training")
+    parser.add_argument("--val", type=int, default=60, help="number of images for evaluation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
+    parser.add_argument("--overwrite", action="store_true", help="also replace files that this program did not write")
     args = parser.parse_args(argv)
     out, counts = Path(args.out), {"train": args.train, "val": args.val}
     try:
@@ -154,7 +152,7 @@ def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, An
     noise = rng.normal(0, rng.uniform(0, 8), size=(height, width, 1))
     image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
     objects = [describe_object(owner == number, name, pixels) for number, (name, pixels) in enumerate(drawn)]
-    return image, [one for one in objects if one is not None]
+    return image, [obj for obj in objects if obj is not None]
 
 
 def describe_object(visible: np.ndarray, name: str, pixels: int) -> dict[str, Any] | None:
@@ -180,7 +178,7 @@ def describe_object(visible: np.ndarray, name: str, pixels: int) -> dict[str, An
 
 
 def draw_background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Returns an RGB image of blurred patches of colour and strokes, from which objects have to be told."""
+    """Returns an RGB image of blurred patches of colour and strokes, as clutter."""
     coarse = rng.integers(0, 256, size=(int(rng.integers(3, 9)), int(rng.integers(3, 9)), 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
@@ -202,11 +200,11 @@ def to_xml(name: str, size: tuple[int, int], objects: Sequence[dict[str, Any]]) 
     width, height = size
     lines = [f"<annotation><folder>synthetic</folder><filename>{escape(name)}.jpg</filename>"]
     lines.append(f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>")
-    for one in objects:
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), one["box"], strict=True)
+    for obj in objects:
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), obj["box"], strict=True)
         lines.append(
-            f"<object><name>{one['name']}</name><truncated>{int(one['truncated'])}</truncated>"
-            f"<difficult>{int(one['difficult'])}</difficult>"
+            f"<object><name>{obj['name']}</name><truncated>{int(obj['truncated'])}</truncated>"
+            f"<difficult>{int(obj['difficult'])}</difficult>"
             f"<bndbox>{''.join(f'<{tag}>{value}</{tag}>' for tag, value in corners)}</bndbox></object>"
         )
     return "\n".join([*lines, "</annotation>", ""])

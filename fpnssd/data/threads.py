@@ -11,15 +11,15 @@ Result = TypeVar("Result")
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 64) -> Iterator[Result]:
-    """Yields function(item) for each item, in order, computed by one thread a core.
+    """Yields function(item) for each item, in order, computed by one thread per core.
 
     Args:
         function: something that releases Python's lock, such as decoding a picture.
-        items: may be endless; it is read as results are taken.
+        items: may be endless; items are read as results are consumed.
         ahead: how many items beyond the one just yielded are computed or waiting at most.
 
     Raises:
-        Whatever function raises, where its item's result would have been; what had not started is cancelled.
+        The exception of `function`, in place of the item's result; calls that have not started are cancelled.
     """
     running: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:

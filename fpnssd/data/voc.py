@@ -1,10 +1,10 @@
-"""Reads data sets in PASCAL VOC's format.
+"""Reads data sets in PASCAL VOC format.
 
     read_voc(["VOCdevkit/VOC2012"], "train")  # a SplitAnnotations
 
 A VOC folder holds Annotations/NAME.xml, JPEGImages/NAME.jpg (or another image ending) and ImageSets/Main/SPLIT.txt, the
-names of a split's images. Roboflow's export is read too: a folder SPLIT with XML files beside the images; and, as a
-whole, folders without split files, as labelling tools write them.
+names of a split's images. Two other layouts are read: a folder per split with XML files beside the images (Roboflow),
+and folders without split files (labelling tools), which are read as one split.
 """
 
 import codecs
@@ -41,17 +41,17 @@ VOC_CLASSES = (
 )
 # fmt: on
 
-DOWNLOADS = {"voc2007": ("trainval", "test"), "voc2012": ("trainval",)}  # the image sets that have archives
+DOWNLOADS = {"voc2007": ("trainval", "test"), "voc2012": ("trainval",)}  # name -> image sets that can be downloaded
 ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "label", "xmls", "xml")  # of data sets without split files
-COMMON_ENDINGS = (".jpg", ".jpeg", ".png")  # of several files with one name the first of these is taken
+COMMON_ENDINGS = (".jpg", ".jpeg", ".png")  # order of preference among files of one name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which images a split has
+# The images of a split
 
 
 class VocFolder:
-    """Where a VOC folder keeps the annotations and images of a split.
+    """Finds the annotations and images of a split of a VOC folder.
 
     Args:
         folder: the VOC folder.
@@ -76,7 +76,7 @@ class VocFolder:
         for part in (self.annotations, self.split_file.parent, self.images):
             if not part.is_dir():
                 raise DataError(
-                    f"{folder} is no VOC folder: it has no {part.relative_to(folder).as_posix()}. Without --splits, "
+                    f"{folder} is not a VOC folder: it has no {part.relative_to(folder).as_posix()}. Without --splits, "
                     "XML files and images of any folder are divided into train and val"
                 )
 
@@ -84,7 +84,7 @@ class VocFolder:
         return self.whole or self.split_file.is_file()
 
     def names(self) -> list[str]:
-        """The split's images, without endings, as the split file orders them."""
+        """Names of the images of the split, without endings, in the order of the split file."""
         if self.whole:
             entries = (file for folder in {self.annotations, self.images} for file in folder.iterdir())
             files = (file for file in entries if file.suffix.lower() == ".xml" or is_image_name(file))
@@ -94,8 +94,8 @@ class VocFolder:
     def name_in(self, line: str) -> str:
         """The image name in a line of a split file, without ending.
 
-        VOC's lists of one class have a flag behind the name. Other people's names contain blanks, or are in quotes, or
-        have an ending or a folder. The first reading counts for which there is an annotation or an image.
+        VOC's per-class lists have a flag after the name. Other lists have names with blanks, quotes, an ending or a
+        folder. The first interpretation for which an annotation or an image exists is used.
         """
         for text in (line, re.sub(r"\s+-?[01]$", "", line)):
             name = without_image_ending(text.strip("\"' ").replace("\\", "/"))
@@ -113,19 +113,19 @@ class VocFolder:
 
 
 def whole_folders(folder: Path) -> tuple[Path, Path]:
-    """The folders of the XML files and of the images of a data set without split files; DataError where one lacks."""
+    """The XML folder and the image folder of a data set without split files; raises a DataError if one is missing."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder")
+        raise DataError(f"{folder} is not a folder")
     below = {entry.name.lower(): entry for entry in sorted(folder.iterdir(), reverse=True) if entry.is_dir()}
     places = [folder, *(below[name] for name in ANNOTATION_FOLDERS if name in below)]
     annotations = next((place for place in reversed(places) if any(place.glob("*.xml"))), None)
     if annotations is None:
-        raise DataError(f"{folder} has no XML files: not in itself, nor in a folder Annotations")
+        raise DataError(f"{folder} has no XML files, nor has a folder Annotations in it")
     places = [*(below[name] for name in sorted(IMAGE_FOLDERS) if name in below), folder, annotations]
     for place in places:
         if images_by_name(str(place)):
             return annotations, place
-    raise DataError(f"{folder} has no images: not in itself, nor in a folder JPEGImages or images")
+    raise DataError(f"{folder} has no images, nor has a folder JPEGImages or images in it")
 
 
 def find_voc_splits(folders: Iterable[str | Path]) -> set[str]:
@@ -133,7 +133,7 @@ def find_voc_splits(folders: Iterable[str | Path]) -> set[str]:
     names: set[str] = set()
     for folder in map(Path, folders):
         here = {file.stem for file in (folder / "ImageSets" / "Main").glob("[!.]*.txt")}
-        # dog_train is a class's.
+        # dog_train.txt is the list of a class, not a split.
         names |= {name for name in here if not any(name.endswith(f"_{other}") for other in here)}
         if not here and not (folder / "Annotations").exists():
             parts = {
@@ -148,7 +148,7 @@ def without_image_ending(name: str) -> str:
 
 
 def images_by_name(folder: str) -> dict[str, Path]:
-    """The image files in a folder, by their names without ending and by their whole names; {} if there is no such."""
+    """{name: file} of the images in a folder, by names with and without ending; {} if the folder does not exist."""
     try:
         entries = [Path(folder, entry) for entry in os.listdir(folder) if is_image_name(entry)]
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -161,10 +161,10 @@ def images_by_name(folder: str) -> dict[str, Path]:
 def read_voc(
     folders: Iterable[str | Path], name: str, unlabelled: bool = False, whole: bool = False
 ) -> SplitAnnotations:
-    """Reads which images a split has in one or several VOC folders.
+    """Lists the images of a split in one or several VOC folders.
 
     Args:
-        folders: VOC folders. Those without the split are passed over with a note.
+        folders: VOC folders. Those without the split are skipped with a note.
         name: the split, as in ImageSets/Main/NAME.txt.
         unlabelled: images may lack an annotation, as in VOC's test sets; they have no objects.
         whole: take all images of folders without split files.
@@ -173,13 +173,13 @@ def read_voc(
         The split. Its records parse the XML files when called.
 
     Raises:
-        DataError: a folder is no VOC folder, none has the split, or it is empty.
+        DataError: a folder is not a VOC folder, none has the split, or it is empty.
     """
     sources = [VocFolder(Path(folder), name, whole) for folder in folders]
     if not any(source.has_split() for source in sources):
-        there = sorted({file.stem for source in sources for file in source.split_file.parent.glob("[!.]*.txt")})
+        existing = sorted({file.stem for source in sources for file in source.split_file.parent.glob("[!.]*.txt")})
         missing = sources[0].split_file
-        raise DataError(f"no split {name!r}: {missing} is missing; splits there: {', '.join(there) or 'none'}")
+        raise DataError(f"no split {name!r}: {missing} is missing; existing splits: {', '.join(existing) or 'none'}")
     split = SplitAnnotations(name, common_image_root(sources), [])
     for source in sources:
         if not source.has_split():
@@ -196,7 +196,7 @@ def read_voc(
 
 
 def common_image_root(sources: Sequence[VocFolder]) -> Path:
-    """The folder from which a list names images: one VOC folder's JPEGImages, or where several folders all lie."""
+    """The image root of the list: JPEGImages of a single VOC folder, or the common parent of several folders."""
     if len(sources) == 1:
         return sources[0].images
     for source in sources:
@@ -207,7 +207,7 @@ def common_image_root(sources: Sequence[VocFolder]) -> Path:
 def read_voc_record(source: VocFolder, name: str, image_root: Path, unlabelled: bool = False) -> Record:
     """Reads Annotations/NAME.xml and finds the image of the same name.
 
-    Its <filename> is not looked at: it is often wrong in folders that somebody renamed.
+    <filename> is ignored, because it is often wrong after files were renamed.
 
     Raises:
         DataError: the image is missing, or the annotation is missing or unusable.
@@ -253,7 +253,7 @@ def parse_voc_xml(path: Path) -> tuple[tuple[float, float] | None, list[RawObjec
             lacking = "<bndbox>" if box is None else "<name>"
             raise DataError(f"{path}: an <object> without {lacking}", "annotation incomplete")
         xmin, ymin, xmax, ymax = (read_number(box, tag, path) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        # xmax == xmin is one pixel to VOC, which has no such box, and nothing to tools with exclusive corners.
+        # xmax == xmin is one pixel in VOC, which has no such box, and an empty box in tools with exclusive corners.
         edges = (xmin - (xmax > xmin), ymin - (ymax > ymin), xmax, ymax)
         values = {flag: element.findtext(flag) for flag in ("difficult", "crowd", "truncated")}
         flags = parse_flags(values, f"{path}: {name}", problems)
@@ -268,7 +268,7 @@ def parse_xml(path: Path) -> Element:
         try:
             return ElementTree.fromstring(content)
         except (LookupError, ValueError) as error:
-            # The parser knows few encodings, and an ASCII file is the same in all. Text is parsed as it is.
+            # The parser supports few encodings. Decoded text is parsed without regard to the declared one.
             if isinstance(error, DefusedXmlException):
                 raise
             return ElementTree.fromstring(decode_xml(content))
@@ -289,7 +289,7 @@ def decode_xml(content: bytes) -> str:
 def require_voc(root: Element, path: Path) -> None:
     """Raises a DataError where an XML file is not VOC's, or has objects where VOC has none.
 
-    Such a file must not pass for an image without objects.
+    Without this check the image would be listed as one without objects.
     """
     if root.tag != "annotation":
         sentence = f"{path} has the root <{root.tag:.80}>, where VOC has <annotation>"
@@ -317,17 +317,17 @@ def read_number(element: Element, tag: str, path: Path) -> float:
 def download_voc(name: str, root: Path) -> Path:
     """Downloads and unpacks a VOC year with torchvision, which compares checksums.
 
-    An archive that is there whole is not downloaded again; one that was cut off is, and unpacking starts anew.
+    A complete archive is not downloaded again, but unpacked again if unpacking was interrupted; a truncated one is.
 
     Args:
         name: a key of DOWNLOADS.
-        root: the folder that gets VOCdevkit.
+        root: the folder in which VOCdevkit is created.
 
     Returns:
         The VOC folder.
 
     Raises:
-        DataError: no network, no room, or a wrong checksum.
+        DataError: no network, a full disk, or a wrong checksum.
     """
     year = name.removeprefix("voc")
     folder = root / "VOCdevkit" / f"VOC{year}"
@@ -337,9 +337,9 @@ def download_voc(name: str, root: Path) -> Path:
             continue
         try:
             VOCDetection(root, year, image_set, download=True)
-        except (RuntimeError, OSError) as error:  # an archive with a wrong checksum, no network, no room
+        except (RuntimeError, OSError) as error:  # a wrong checksum, no network, a full disk
             raise DataError(
-                f"{name} {image_set} cannot be fetched into {root}: {error}. Try again, or unpack its archive there "
+                f"{name} {image_set} cannot be downloaded to {root}: {error}. Try again, or unpack its archive there "
                 f"yourself and use --voc {folder}"
             ) from error
         done.touch()

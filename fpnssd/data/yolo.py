@@ -1,4 +1,4 @@
-"""Reads data sets in YOLO's format: a data.yaml, and a text file of labels for each image.
+"""Reads data sets in YOLO format: a data.yaml, and a text file of labels for each image.
 
     read_yolo(Path("mydata/data.yaml"), ["train"])  # ([SplitAnnotations], {class name: id})
 
@@ -22,14 +22,14 @@ from fpnssd.data.images import DataError
 from fpnssd.data.yolo_config import SAME_SPLIT, YoloConfig, normalize_path, read_config
 from fpnssd.data.yolo_labels import LabelFinder
 
-OUT_OF_UNIT = (-1.0, 2.0)  # a box that leaves its image by more is not in 0..1 of it
-TOLERANCE = 0.01  # of the image, by which key points may leave their box
+OUT_OF_UNIT = (-1.0, 2.0)  # a box beyond these is in other units than 0..1 of the image
+TOLERANCE = 0.01  # in 0..1 of the image, by which key points may leave their box
 
 
 def read_yolo(
     path: Path, names: Sequence[str], unlabelled: bool = False
 ) -> tuple[list[SplitAnnotations], dict[str, int]]:
-    """Finds the images and label files of a data set, and checks the labels for what only shows in all of them.
+    """Finds the images and label files of a data set, and checks the class ids and columns of all labels together.
 
     Args:
         path: data.yaml, Darknet's obj.data, a text file of class names; or a folder that has one of them.
@@ -40,17 +40,17 @@ def read_yolo(
         The splits, and {class name: id in the label files}.
 
     Raises:
-        DataError: the data set's file cannot be used; a split is not there or has no image or label file; the labels
+        DataError: the data set's file cannot be used; a split is missing or has no image or label file; the labels
             count classes from another number, or may be key points without `kpt_shape`.
     """
     config = read_config(path)
     images: dict[str, list[Path]] = {}
     for name in names:
-        images[name], passed_over = config.find_split(name, len(names) - 1)
-        del passed_over[".txt"]  # labels that lie beside the images
-        if passed_over:
-            endings = ", ".join(f"{count} x {ending}" for ending, count in sorted(passed_over.items()))
-            print(f"note: {name}: files that are no images are passed over: {endings}")
+        images[name], skipped = config.find_split(name, len(names) - 1)
+        del skipped[".txt"]  # label files beside the images
+        if skipped:
+            endings = ", ".join(f"{count} x {ending}" for ending, count in sorted(skipped.items()))
+            print(f"note: {name}: skipped files that are not images: {endings}")
     root = _common_root(config, [image for part in images.values() for image in part])
     splits, labels = [], []
     for name, part in images.items():
@@ -62,7 +62,7 @@ def read_yolo(
 
 
 def find_yolo_splits(path: Path) -> set[str]:
-    """The splits that a data set has, for `read_yolo`'s path; one for two that lie in the same place."""
+    """The splits that a data set has, for `read_yolo`'s path; two of the same folder count as one."""
     config = read_config(path)
     if not config.splits:
         return {name for name in ("train", *SAME_SPLIT) if config.folder_of(name)}
@@ -74,16 +74,16 @@ def find_yolo_splits(path: Path) -> set[str]:
 def _common_root(config: YoloConfig, images: list[Path]) -> Path:
     """The data set's folder, or, where images lie outside of it, the folder that all images share."""
     outside = [image for image in images if not image.is_relative_to(config.root)]
-    if not any(image.is_file() for image in outside):  # what is missing moves no root
+    if not any(image.is_file() for image in outside):  # a missing image does not change the root
         return config.root
-    there = [image.parent for image in images if image.is_relative_to(config.root) or image.is_file()]
-    return Path(os.path.commonpath(there))
+    folders = [image.parent for image in images if image.is_relative_to(config.root) or image.is_file()]
+    return Path(os.path.commonpath(folders))
 
 
 def _read_split(
     name: str, images: list[Path], root: Path, config: YoloConfig, unlabelled: bool
 ) -> tuple[SplitAnnotations, list[Path]]:
-    """The split, its label files still to be read; and these files."""
+    """Returns the split, whose label files are read later; and the paths of these files."""
     finder = LabelFinder(config.root)
     counts = Counter(normalize_path(image) for image in images)
     split = SplitAnnotations(name, root, [])
@@ -94,7 +94,7 @@ def _read_split(
         files = finder.find(image)
         split.records.append(partial(read_record, image, files[0] if files else None, root, config))
         if not files:
-            if image.is_file():  # one that is missing is a problem of its own
+            if image.is_file():  # a missing image is reported by read_record
                 without.append(image)
             continue
         labels[files[0]] += 1
@@ -104,34 +104,34 @@ def _read_split(
         example = next(iter(counts))
         places = ", ".join(map(str, finder.places(example)))
         strays = finder.without_image()
-        hint = f". {len(strays)} label files have no image of their name, as {strays[0]}" if strays else ""
+        hint = f". {len(strays)} label files have no image of their name, such as {strays[0]}" if strays else ""
         raise DataError(
-            f"split {name!r}: none of its {len(counts)} images has a label file. For {example} these were looked "
-            f"for: {places}{hint}. If the images are meant to have none, pass --unlabelled"
+            f"split {name!r}: none of its {len(counts)} images has a label file. For {example} these were "
+            f"searched: {places}{hint}. If the images are meant to have none, pass --unlabelled"
         )
     split.problems += [Problem("label file of two images", str(file)) for file, count in labels.items() if count > 1]
     split.problems += [Problem("image without a label file", str(image)) for image in without]
     split.problems += [Problem("label file without an image", str(file)) for file in finder.without_image()]
     if not unlabelled:
-        missing, there = (Counter(image.parent for image in some) for some in (without, counts))
+        missing, total = (Counter(image.parent for image in some) for some in (without, counts))
         split.problems += [
             Problem("folder without label files", f"{folder}: none of its {count} images")
             for folder, count in missing.items()
-            if 1 < count == there[folder]
+            if 1 < count == total[folder]
         ]
     return split, list(labels)
 
 
 def _check_labels(files: Sequence[Path], config: YoloConfig) -> None:
-    """DataError where every object would get another class's name, or a wrong box.
+    """Raises a DataError if every object would get the name of another class, or a wrong box.
 
     The ids may count from another number than the names, or the lines be boxes and key points without `kpt_shape`.
     """
     ids: set[float] = set()
     lengths: set[int] = set()
-    point_sizes = {2, 3}  # numbers of a key point with which all lines could be boxes and key points
+    point_sizes = {2, 3}  # sizes of a key point for which all lines could be boxes with key points
     for file in files:
-        with contextlib.suppress(DataError, OSError):  # read_record will name it
+        with contextlib.suppress(DataError, OSError):  # read_record reports it
             for label, numbers in [parse_line(file, line) for line in read_lines(file)]:
                 ids.add(label)
                 lengths.add(len(numbers))
@@ -140,19 +140,20 @@ def _check_labels(files: Sequence[Path], config: YoloConfig) -> None:
         (length,) = lengths
         shapes = " or ".join(f"[{(length - 4) // size}, {size}]" for size in sorted(point_sizes))
         raise DataError(
-            f"every label has {length + 1} columns, of which 2 to 5 are a box that holds the points behind it: if "
+            f"every label has {length + 1} columns, of which 2 to 5 are a box that contains the points behind it: if "
             f"these are key points, add `kpt_shape: {shapes}` to {config.path}; if all columns are a polygon, add "
             "`kpt_shape: null`"
         )
     known = set(config.classes)
     for shift in (1, -1):
-        # A list's names count from 0: ids that reach their number, without a 0, count from 1.
+        # Class names are numbered from 0: ids up to their number, without a 0, count from 1.
         reach = shift == 1 and known == set(range(len(known))) and ids and 0 not in ids and max(ids) >= len(known)
         if reach or (ids - known and {label - shift for label in ids} <= known):
             raise DataError(
                 f"ids start at {1 if shift == 1 else 0} in the label files: they go from {min(ids):g} to {max(ids):g}, "
-                f"those of {config.path} from {min(known)} to {max(known)}, so each object would get another class's "
-                f"name. Correct one, as with `names: {{{min(known) + shift}: {config.classes[min(known)]}, ..}}`"
+                f"those of {config.path} from {min(known)} to {max(known)}, so each object would get the name of "
+                "another class. Correct the ids or the names, for example "
+                f"`names: {{{min(known) + shift}: {config.classes[min(known)]}, ..}}`"
             )
 
 
@@ -167,7 +168,7 @@ def are_key_points(numbers: Sequence[float], size: int) -> bool:
         return False
     box, points = np.array(numbers[:4]), np.array(numbers[4:]).reshape(-1, size)
     low, high = box[:2] - box[2:] / 2 - TOLERANCE, box[:2] + box[2:] / 2 + TOLERANCE
-    marked = points[points[:, :2].any(axis=1), :2]  # a key point at 0, 0 is one that was not marked
+    marked = points[points[:, :2].any(axis=1), :2]  # (0, 0) is a key point that was not marked
     return bool(
         (box[2:] > 0).all()
         and (low >= -2 * TOLERANCE).all()
@@ -191,7 +192,7 @@ def read_record(image: Path, label_file: Path | None, root: Path, config: YoloCo
         config: of the data set.
 
     Raises:
-        DataError: the file is no text, or a line of it is no label; or the image is missing and outside of the root.
+        DataError: the file is not a text file, a line is not a label, or the image is missing and outside of the root.
     """
     if not image.is_relative_to(root):
         raise DataError(f"image {image} is missing", "image missing")
@@ -201,7 +202,7 @@ def read_record(image: Path, label_file: Path | None, root: Path, config: YoloCo
         record.problems.append(Problem("label file is empty", str(label_file)))
     for line in lines:
         label, numbers = parse_line(label_file, line)
-        said = f"{label_file}: {line[:80]}"
+        where = f"{label_file}: {line[:80]}"
         box, kind = find_box(numbers, config.kpt_shape)
         if box is None:
             raise DataError(
@@ -210,18 +211,18 @@ def read_record(image: Path, label_file: Path | None, root: Path, config: YoloCo
                 "annotation incomplete",
             )
         if kind:
-            record.problems.append(Problem(kind, said))
+            record.problems.append(Problem(kind, where))
         if any(not OUT_OF_UNIT[0] <= edge <= OUT_OF_UNIT[1] for edge in box if edge == edge):
-            record.problems.append(Problem("box in pixels, not in 0..1", said))
+            record.problems.append(Problem("box in pixels, not in 0..1", where))
         elif label in config.classes:
             record.objects.append(RawObject(config.classes[int(label)], box, text=f"{line[:80]!r}"))
         else:
-            record.problems.append(Problem("object of an unknown class", said))
+            record.problems.append(Problem("object of an unknown class", where))
     return record
 
 
 def parse_line(file: Path | None, line: str) -> tuple[float, list[float]]:
-    """The class id of a line and the numbers behind it; DataError where a word is no number."""
+    """The class id of a line and the numbers behind it; raises a DataError if one is not a number."""
     try:
         label, *numbers = (float(word) for word in line.split())
     except ValueError:
@@ -232,14 +233,14 @@ def parse_line(file: Path | None, line: str) -> tuple[float, list[float]]:
 def find_box(
     numbers: Sequence[float], kpt_shape: tuple[int, int] | None
 ) -> tuple[tuple[float, float, float, float] | None, str | None]:
-    """The box that a line's numbers mean.
+    """Returns the box of a label line.
 
     Args:
         numbers: of a line, without its class.
         kpt_shape: (key points, numbers of each) where the data set has them.
 
     Returns:
-        (xyxy in 0..1 of the image, the kind of problem to note or None); (None, None) for numbers that are no label.
+        (xyxy in 0..1 of the image, the kind of problem to note or None); (None, None) if the numbers are not a label.
     """
     behind = len(numbers) - 4
     points = kpt_shape[0] * kpt_shape[1] if kpt_shape else 0

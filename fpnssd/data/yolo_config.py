@@ -1,8 +1,8 @@
-"""Reads what describes a data set in YOLO's format: a data.yaml, Darknet's obj.data, or a list of class names.
+"""Reads the description of a data set in YOLO format: a data.yaml, Darknet's obj.data, or a list of class names.
 
 config = read_config(Path("mydata"))  # or the file itself
 config.classes  # {0: "mug", 1: "key"}
-images, passed_over = config.find_split("train")  # paths; how many files of which other endings lie beside them
+images, passed_over = config.find_split("train")  # paths; counts of other files by ending
 """
 
 import os
@@ -19,14 +19,14 @@ from fpnssd.data.annotations import ALL, read_lines, read_text
 from fpnssd.data.images import DataError, find_images
 
 MAX_BYTES = 2**20  # of a data.yaml; PyYAML reads about 100 kB a second
-SAME_SPLIT = ("val", "valid", "validation")  # three names that exporters give to one split
+SAME_SPLIT = ("val", "valid", "validation")  # names of the same split, depending on the exporter
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "data_config.yaml")
 NO_SPLITS = {"names", "nc", "path", "kpt_shape", "flip_idx", "colors", "download"}  # keys of a data.yaml
 CLASS_FILES = ("classes.txt", "obj.names")
 
 
 class _WordLoader(yaml.BaseLoader):
-    """Loads scalars as the words they are, but for null: a class may be called yes, off, 1.0 or 2024-01-01."""
+    """Loads all scalars except null as strings: a class may be called yes, off, 1.0 or 2024-01-01."""
 
     def construct_mapping(self, node, deep=False):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -44,13 +44,13 @@ _WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 class YoloConfig:
     """A data set's classes, and where its splits are."""
 
-    path: Path  # the file that says so
+    path: Path  # the file that was read
     root: Path  # the folder that its paths start from
     classes: dict[int, str]  # id in the label files -> name
-    # Name -> folders, or text files that list images. Where none is named, each is looked for as a folder of its name.
+    # Name -> folders, or text files that list images. If empty, splits are searched for as folders of their names.
     splits: dict[str, list[str]] = field(default_factory=dict)
     kpt_shape: tuple[int, int] | None = None  # key points of each object, numbers of each (2 or 3)
-    kpt_shape_given: bool = False  # also as null
+    kpt_shape_given: bool = False  # whether the file has the key, even as null
 
     @property
     def folders(self) -> list[Path]:
@@ -62,18 +62,17 @@ class YoloConfig:
 
         Args:
             name: of the split.
-            others: how many other splits are read; without any, a data set that names no splits is one as a whole.
+            others: number of other splits that are read; if 0, a data set without named splits is one split as a whole.
 
         Returns:
-            The images, in order, repeated where they are named twice; and the number of files of each ending that were
-            passed over.
+            The images, in order, repeated if they are named twice; and the number of skipped files by ending.
 
         Raises:
             DataError: there is no such split, no such place, or no image in it.
         """
         places = self._places(name, others)
         images: list[Path] = []
-        passed_over: Counter[str] = Counter()
+        skipped: Counter[str] = Counter()
         for place in places:
             path = locate(place, self.folders)
             if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
@@ -83,39 +82,39 @@ class YoloConfig:
                 note = f"note: {self.path} names {place}, which does not exist (usual in Roboflow exports)"
                 print(f"{note}: reading {path}")
             if path.is_dir():
-                part, others_there = find_images(path)
-                passed_over += others_there
+                part, skipped_here = find_images(path)
+                skipped += skipped_here
             else:
                 part = listed_images(path, self.folders)
                 if part and not any(image.is_file() for image in part):
-                    raise DataError(f"{path} lists {len(part)} images, none of which is there, as {part[0]}")
+                    raise DataError(f"{path} lists {len(part)} images, none of which exists, such as {part[0]}")
             images += part
         if not images:
-            endings = ", ".join(f"{count} x {ending}" for ending, count in passed_over.most_common(5))
-            there = f" (files that are no images: {endings})" if endings else ""
-            raise DataError(f"split {name!r} is empty: no image in {', '.join(places)} below {self.root}{there}")
-        return images, passed_over
+            endings = ", ".join(f"{count} x {ending}" for ending, count in skipped.most_common(5))
+            hint = f" (files that are not images: {endings})" if endings else ""
+            raise DataError(f"split {name!r} is empty: no image in {', '.join(places)} below {self.root}{hint}")
+        return images, skipped
 
     def _places(self, name: str, others: int) -> list[str]:
-        """The folders and text files of a split, as the file writes them."""
-        alike = (name, *SAME_SPLIT) if name in SAME_SPLIT else (name,)
+        """The folders and text files of a split, as written in the file."""
+        aliases = (name, *SAME_SPLIT) if name in SAME_SPLIT else (name,)
         if self.splits:
-            key = next((key for key in alike if self.splits.get(key)), None)
+            key = next((key for key in aliases if self.splits.get(key)), None)
             if key is None:
                 raise DataError(f"no split {name!r} in {self.path}; it has {', '.join(self.splits)}")
             return self.splits[key]
         if name == ALL:
             return ["."]
-        place = next((place for one in alike if (place := self.folder_of(one))), None)
+        place = next((place for alias in aliases if (place := self.folder_of(alias))), None)
         if place is None and others:
             raise DataError(
-                f"no split {name!r}: {self.path} names classes alone, and {self.root} has no {name} or "
+                f"no split {name!r}: {self.path} names only classes, and {self.root} has no {name} or "
                 f"images/{name} or {name}.txt; --splits with one name takes all images as that split"
             )
         return [place or "."]
 
     def folder_of(self, name: str) -> str | None:
-        """The folder or list of images, seen from the root, that is called like a split; None where there is none."""
+        """The folder or list of images, relative to the root, that is named like a split; None if there is none."""
         options = (name, f"images/{name}", f"{name}.txt")
         return next((option for option in options if (self.root / option).exists()), None)
 
@@ -151,7 +150,7 @@ def _config_in(folder: Path) -> Path:
     if named or len(yamls) == 1:
         return (named or yamls)[0]
     if yamls:
-        raise DataError(f"{folder} has {', '.join(file.name for file in yamls)}: name one of them")
+        raise DataError(f"{folder} has {', '.join(file.name for file in yamls)}: pass one of them")
     if darknet := sorted(folder.glob("*.data")):
         return darknet[0]
     lists = [file for name in CLASS_FILES for depth in ("", "*/", "*/*/") for file in sorted(folder.glob(depth + name))]
@@ -159,7 +158,7 @@ def _config_in(folder: Path) -> Path:
         raise DataError(f"{folder} has no data.yaml, obj.data or classes.txt that names the classes")
     for other in lists[1:]:
         if read_names(other) != read_names(lists[0]):
-            raise DataError(f"{lists[0]} and {other} name other classes: name one of them")
+            raise DataError(f"{lists[0]} and {other} name different classes: pass one of them")
     return lists[0]
 
 
@@ -171,9 +170,9 @@ def _read_yaml(path: Path) -> YoloConfig:
     content = load_yaml(path)
     names = content.get("names") if isinstance(content, dict) else None
     if not isinstance(names, list | dict) or not names:
-        raise DataError(f"{path} is no data.yaml with `names`: a list of class names, or a mapping from id to name")
+        raise DataError(f"{path} is not a data.yaml with `names`: a list of class names, or a mapping from id to name")
     if isinstance(names, dict) and not all(isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) for key in names):
-        raise DataError(f"{path} is no data.yaml with `names`: their keys have to be the ids, as in `0: cat`")
+        raise DataError(f"{path} is not a data.yaml with `names`: its keys must be the ids, as in `0: cat`")
     pairs = [(int(key), name) for key, name in names.items()] if isinstance(names, dict) else list(enumerate(names))
     classes = check_classes(path, pairs, content.get("nc"))
     splits = {}
@@ -183,11 +182,11 @@ def _read_yaml(path: Path) -> YoloConfig:
             splits[key] = entries
     folder = content.get("path") or "."
     if not isinstance(folder, str):
-        raise DataError(f"{path}: `path` has to be a folder, not {reprlib.repr(folder):.80}")
+        raise DataError(f"{path}: `path` must be a folder, not {reprlib.repr(folder):.80}")
     root = path.parent / folder
     if not os.path.exists(root):
         root = path.parent
-        print(f"note: {path} names the folder {folder}, which is not there: {root} is taken in its place")
+        print(f"note: {path} names the folder {folder}, which does not exist: {root} is used instead")
     kpt_shape = _kpt_shape(path, content.get("kpt_shape"))
     return YoloConfig(path, normalize_path(root), classes, splits, kpt_shape, "kpt_shape" in content)
 
@@ -202,30 +201,30 @@ def load_yaml(path: Path):
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise DataError(f"{path} is larger than {MAX_BYTES} bytes: that is no data.yaml")
+            raise DataError(f"{path} is larger than {MAX_BYTES} bytes: that is not a data.yaml")
         return yaml.load(data.decode("utf-8-sig"), _WordLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())  # PyYAML's take several lines
-        raise DataError(f"{path} is no data.yaml with `names`: {reason:.300}") from error
+        reason = " ".join(str(error).split())  # PyYAML's messages have several lines
+        raise DataError(f"{path} is not a data.yaml with `names`: {reason:.300}") from error
 
 
-def _kpt_shape(path: Path, given) -> tuple[int, int] | None:
-    if given is None:
+def _kpt_shape(path: Path, value) -> tuple[int, int] | None:
+    if value is None:
         return None
-    if isinstance(given, list) and len(given) == 2 and all(isinstance(n, str) and n.isdecimal() for n in given):
-        points, numbers = map(int, given)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(n, str) and n.isdecimal() for n in value):
+        points, numbers = map(int, value)
         if points > 0 and numbers in (2, 3):
             return points, numbers
-    raise DataError(f"{path}: kpt_shape has to be [number of key points, 2 or 3], not {reprlib.repr(given):.80}")
+    raise DataError(f"{path}: kpt_shape must be [number of key points, 2 or 3], not {reprlib.repr(value):.80}")
 
 
 def _read_darknet(path: Path) -> YoloConfig:
-    """Darknet's obj.data: lines `key = value`, of which `names` is a file with a class name a line."""
+    """Darknet's obj.data: lines `key = value`, of which `names` is a file with one class name per line."""
     pairs = [line.partition("=") for line in read_lines(path)]
     content = {key.strip(): value.strip() for key, _, value in pairs}
     names = locate(content.pop("names", ""), [path.parent]) or path.parent / "obj.names"
     if not names.is_file():
-        raise DataError(f"{path} names no file of class names (`names = obj.names`) that is there")
+        raise DataError(f"{path} names no existing file of class names (`names = obj.names`)")
     classes = check_classes(names, enumerate(read_names(names)), content.pop("classes", None))
     content.pop("backup", None)
     return YoloConfig(
@@ -234,7 +233,7 @@ def _read_darknet(path: Path) -> YoloConfig:
 
 
 def read_names(path: Path) -> list[str]:
-    """The class names of a text file, one a line; an empty line among them would move the ids behind it."""
+    """The class names of a text file, one per line; an empty line between them would shift the ids after it."""
     lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
     if not all(lines):
         raise DataError(f"{path}: line {lines.index('') + 1} is empty: is it a class without a name?")
@@ -247,21 +246,21 @@ def check_classes(path: Path, pairs: Iterable[tuple[int, str]], count: str | Non
     Args:
         path: the file that names them, for messages.
         pairs: (id, name) of each class.
-        count: how many there are, where the file says so.
+        count: their number, if the file states it.
 
     Raises:
-        DataError: a name is none, two are the same, or there are more or fewer than `count`.
+        DataError: a name is not a string, two are the same, or their number is not `count`.
     """
     classes: dict[int, str] = {}
     for number, name in sorted(pairs, key=lambda pair: pair[0]):
         if not isinstance(name, str) or not name.strip():
             raise DataError(
-                f"{path}: class {number} has no name, but {reprlib.repr(name):.80}; quote it if it is meant"
+                f"{path}: class {number} has {reprlib.repr(name):.80} in place of a name; quote it if it is one"
             )
         if not name.isprintable():
             raise DataError(f"{path}: the name of class {number} has characters that cannot be printed: {name!r:.80}")
         if number in classes or name.strip() in classes.values():
-            raise DataError(f"{path} names the class {name!r:.80} twice, or its id {number}")
+            raise DataError(f"{path} names the class {name!r:.80} or its id {number} twice")
         classes[number] = name.strip()
     if not classes:
         raise DataError(f"{path} names no class")
@@ -275,10 +274,10 @@ def check_classes(path: Path, pairs: Iterable[tuple[int, str]], count: str | Non
 
 
 def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = os.path.exists) -> Path | None:
-    """Finds what a file of a data set names, also where the data set was moved or renamed since.
+    """Finds a file or folder by a path of data.yaml or of a list, even if the data set was moved or renamed.
 
     Roboflow writes `../train/images` beside `train`, CVAT `data/obj_train_data/a.jpg` beside `obj_train_data`, a
-    notebook `/content/kitchen/train/images`: what is not where it should be is looked for by the end of its path.
+    notebook `/content/kitchen/train/images`: a path that does not exist is searched for by its trailing parts.
 
     Args:
         name: an absolute or relative path, with slashes or backslashes.
@@ -286,7 +285,7 @@ def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = 
         exists: the test that a path has to pass.
 
     Returns:
-        The first of the folders joined with the name, or with its longest end, that exists; None for none.
+        The first of the folders joined with the name, or with its longest end, that exists; None if none does.
     """
     name = name.replace("\\", "/")
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
@@ -298,7 +297,7 @@ def locate(name: str, folders: Iterable[Path], exists: Callable[[Path], bool] = 
 
 
 def normalize_path(path: Path) -> Path:
-    """The absolute path without `..`; links stay, but for those that `..` leads out of."""
+    """The absolute path without `..`; symbolic links stay, except those followed by `..`."""
     flat = Path(os.path.abspath(path))
     if ".." not in path.parts or (flat.exists() and os.path.samefile(flat, path)):
         return flat
@@ -306,7 +305,7 @@ def normalize_path(path: Path) -> Path:
 
 
 def listed_images(file: Path, folders: list[Path]) -> list[Path]:
-    """The images that a text file lists, one a line; those that are not there too, to be named later."""
+    """The images that a text file lists, one per line; including missing ones, which are reported later."""
     lines = [line.strip("\"'") for line in read_lines(file)]
     folders = list(dict.fromkeys((file.parent, *folders)))
     return [locate(line, folders, os.path.isfile) or file.parent / line for line in lines if line]

@@ -1,4 +1,4 @@
-"""Finds the label files of images in YOLO's format, wherever people keep them."""
+"""Finds the label files of images in YOLO format, in any of the usual folder layouts."""
 
 import os
 from collections import defaultdict
@@ -11,12 +11,13 @@ LABEL_FOLDERS = {"labels", "label"}
 
 
 class LabelFinder:
-    """Finds label files in folders that it lists once each.
+    """Finds label files; each folder is listed only once.
 
     The label file of root/a/images/b/x.jpg is x.txt, or x.jpg.txt, in the first of these folders that has it:
     root/a/labels/b, for the last part of the path that is called images, imgs, JPEGImages or the like, in any case;
     the same with any other part in place of `images`, from the last to the first; a folder `labels` beside the image;
-    the image's own folder; root/a/labels; the same where a link leads to. Parts of the root itself do not count.
+    the image's own folder; root/a/labels; the same for the target of a symbolic link. Parts of the root itself
+    do not count.
     """
 
     def __init__(self, root: Path):
@@ -27,15 +28,15 @@ class LabelFinder:
         self._sources: dict[Path, set[Path]] = defaultdict(set)  # folder of labels -> folders of images
 
     def find(self, image: Path) -> list[Path]:
-        """The label files of an image, the one to read first; usually one, or none."""
-        found = []
+        """The label files of an image, in order of preference; usually one, or none."""
+        files = []
         for folder in self._folders_of(image.parent):
             names = self._label_files(folder)
             file = names.get(image.stem) or names.get(image.name)
-            if file is not None and file not in found:
-                found.append(file)
-        self.used.update(found)
-        return found
+            if file is not None and file not in files:
+                files.append(file)
+        self.used.update(files)
+        return files
 
     def places(self, image: Path) -> list[Path]:
         """The paths at which the label file of an image is expected, for messages."""
@@ -45,9 +46,9 @@ class LabelFinder:
         return [folder / f"{image.stem}.txt" for folder in (*tried, image.parent / "labels", image.parent)]
 
     def without_image(self) -> list[Path]:
-        """The label files in the folders that were looked at, which belong to no image.
+        """The label files without an image, in the folders that were searched.
 
-        A file of another split's image is not one of them, nor is a text file that does not start as labels do.
+        Label files of another split's images are left out, and text files that do not start like labels.
         """
         found = []
         for folder, sources in self._sources.items():
@@ -60,10 +61,10 @@ class LabelFinder:
         return sorted(found)
 
     def _replaceable(self, folder: Path) -> list[int]:
-        """Which parts of a folder's path may stand in the place of `labels`, likeliest first."""
+        """Indices of the parts of a folder's path that `labels` may replace, likeliest first."""
         parts = folder.parts
         named = [index for index, part in enumerate(parts) if part.lower() in IMAGE_FOLDERS]
-        if folder.is_relative_to(self.root):  # the root itself too, where the data set's file lies among its images
+        if folder.is_relative_to(self.root):  # including the root itself, if the data set's file is beside its images
             first = len(self.root.parts) - (self.root.name.lower() in IMAGE_FOLDERS)
         else:
             first = min([max(1, len(parts) - 2), *named[-1:]])
@@ -79,12 +80,12 @@ class LabelFinder:
                     nested.append(labels.joinpath(*parts[index + 1 :]))
                     flat.append(labels)
             nested += [*_label_folders(folder), folder]
-            if (real := Path(os.path.realpath(folder))) != folder:  # a link, whose labels may lie where it leads to
+            if (real := Path(os.path.realpath(folder))) != folder:  # a link, whose labels may be beside its target
                 flat += self._folders_of(real)
             for labels in nested:
                 if labels.is_dir():
                     self._sources[labels].add(folder)
-            self._folders[folder] = list(dict.fromkeys(one for one in (*nested, *flat) if one.is_dir()))
+            self._folders[folder] = list(dict.fromkeys(path for path in (*nested, *flat) if path.is_dir()))
         return self._folders[folder]
 
     def _label_files(self, folder: Path) -> dict[str, Path]:
