@@ -1,4 +1,4 @@
-"""What `make demo` shows: the shipped detector on photographs, then a training that ends in minutes on a CPU.
+"""Runs `make demo`: the shipped detector on photographs, then a training that takes minutes on a CPU.
 
     python demo.py        # needs the extra `demo`: pip install -e '.[demo]'
 
@@ -27,7 +27,7 @@ from model import DEFAULT_CHECKPOINT, FPNSSD
 from train import train
 from utils import InputError, error_message
 
-PHOTOGRAPHS = {  # file in an installed package: who made it, on what terms
+PHOTOGRAPHS = {  # file in an installed package: author, licence
     Path(skimage.__file__).parent / "data/chelsea.png": "Stefan van der Walt, CC0",
     Path(skimage.__file__).parent / "data/astronaut.png": "NASA, public domain",
     Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg": "US Navy, public domain",
@@ -45,15 +45,15 @@ def main() -> None:
         sys.exit(f"demo: {error_message(error)}")
     except KeyboardInterrupt:
         sys.exit("\ndemo: stopped")
-    print(f"All of it took {time.perf_counter() - start:.0f} s. Train on your own photographs next:")
+    print(f"Finished in {time.perf_counter() - start:.0f} s. To train on your own photographs:")
     print("    python create_data_lists.py --yolo YOUR/data.yaml --splits train val --out data/mine")
-    print("    python train.py --preset lite --data data/mine --name mine")
+    print("    python train.py --preset finetune --data data/mine --minutes 20")
 
 
 def detect_in_photographs(sheet: Path) -> None:
     """Prints what the shipped detector finds in photographs, and draws it."""
     detector = load_detector(DEFAULT_CHECKPOINT, runtime="torch")
-    print(f"1. The detector that ships knows {len(detector.classes)} classes. In three photographs it finds:")
+    print(f"1. The shipped detector has {len(detector.classes)} classes. Its detections in three photographs:")
     pictures = []
     for path, terms in PHOTOGRAPHS.items():
         image = Image.open(path).convert("RGB")
@@ -77,7 +77,7 @@ def train_on_shapes(sheet: Path) -> None:
     print(f"   {len(train_list.labels)} objects of {', '.join(train_list.classes)}\n")
 
     print(f"3. Training {config.epochs} epochs on the CPU, from ImageNet weights; the bar shows losses and time left:")
-    shutil.rmtree(Path("runs") / config.name, ignore_errors=True)  # the last demo's
+    shutil.rmtree(Path("runs") / config.name, ignore_errors=True)  # of the previous demo
     with contextlib.redirect_stdout(EpochLines()):
         metrics = train(config)
     if metrics is None:
@@ -93,13 +93,13 @@ def train_on_shapes(sheet: Path) -> None:
     pictures = []
     for title, detector in (("before training", untrained), ("after training", trained)):
         for row in rows:
-            pictures.append((annotate(*detected(detector, val_list, row)), title))
+            pictures.append((annotate(*best_detections(detector, val_list, row)), title))
     save_sheet(sheet, pictures, columns=len(rows))
-    print(f"   Look at {sheet}, and at {folder}/curves.png for how it learnt\n")
+    print(f"   See {sheet}, and {folder}/curves.png for the training curves\n")
 
 
 class EpochLines(io.TextIOBase):
-    """A text stream that prints the lines of epochs, and nothing else of a training's output."""
+    """A text stream that prints only the lines of epochs of a training's output."""
 
     def write(self, text: str) -> int:
         if text.startswith("epoch"):
@@ -107,15 +107,15 @@ class EpochLines(io.TextIOBase):
         return len(text)
 
 
-def detected(detector: Detector, data_list: DataList, row: int) -> tuple[Image.Image, Detections]:
-    """An image of a list and the best ten detections in it; an untrained network has no score above the default."""
+def best_detections(detector: Detector, data_list: DataList, row: int) -> tuple[Image.Image, Detections]:
+    """An image of a list and its detections; if no score exceeds the default threshold (untrained), the best ten."""
     image = data_list.read_image(row)
     detections = detector.predict(image)
     return image, detections if len(detections) else detector.predict(image, min_score=0.01, top_k=10)
 
 
 def save_sheet(path: Path, pictures: list[tuple[Image.Image, str]], columns: int) -> None:
-    """Saves pictures of one height side by side, a title under each."""
+    """Saves pictures in a grid, scaled to one height, with a title under each."""
     font, margin = ImageFont.load_default(size=15), 24
     parts = []
     for picture, title in pictures:

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint, or a file of detections, on a data list: VOC and COCO average precision.
 
-python eval.py --data data/mine                   # the checkpoint that ships; --split val is the default
+python eval.py --data data/mine                   # the shipped checkpoint on data/mine/val.json
 python eval.py runs/lite/best.pth.tar --data data/vocreal --split val --json metrics.json
 python eval.py runs/lite/best.pth.tar --data data/vocreal --report report.html
 python eval.py runs/lite/best.pth.tar --data data/vocreal --save-detections detections.json
@@ -28,7 +28,7 @@ from fpnssd.evaluation.tables import format_table
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import runtime_of
 from model import DEFAULT_CHECKPOINT, DETECTION, EVALUATION
-from utils import InputError, check_outputs, error_message, whole_number, write_text
+from utils import HelpFormatter, InputError, check_outputs, error_message, whole_number, write_text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.compare:
             print(format_comparison(args.compare, compare(args.compare, data_list, args)))
             return
-        detections, context = obtain(args.detections or args.checkpoint, data_list, args)
+        detections, context = get_detections(args.detections or args.checkpoint, data_list, args)
         start = time.perf_counter()
         ranked = rank(data_list, detections)
         lowest = 0 if args.detections else args.min_score  # detections of lower scores were not decoded
-        at_scores = sorted({max(one, lowest) for one in args.at_scores})
+        at_scores = sorted({max(score, lowest) for score in args.at_scores})
         metrics = compute_metrics(data_list, ranked, sorted({0.5, *args.voc_overlaps}), at_scores) | context
         metrics["seconds"]["score"] = time.perf_counter() - start
         if args.intervals:
@@ -65,34 +65,38 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument(
+        "checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="checkpoint, or exported .onnx or .xml file"
     )
-    parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
     parser.add_argument(
         "--detections", metavar="FILE", help="evaluate a file in the COCO results format, or a folder of bulk_detect.py"
     )
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="compare two checkpoints, .json files or folders"
     )
-    parser.add_argument("--skip-bad", action="store_true", help="leave out a file's invalid detections")
+    parser.add_argument("--skip-bad", action="store_true", help="skip invalid detections of a file")
     parser.add_argument("--data", default="data/voc2012", help="folder of data lists")
     parser.add_argument("--split", default="val", help="name of the data list")
-    parser.add_argument("--images", metavar="FOLDER", help="where the images are, if not where the data list says")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images, if not that of the data list")
     parser.add_argument("--voc-overlaps", type=float, nargs="+", default=[0.5], help="IoU thresholds of VOC AP")
     default = [DETECTION.min_score]
-    parser.add_argument("--at-scores", type=float, nargs="+", default=default, help="score thresholds for precision")
+    parser.add_argument(
+        "--at-scores", type=float, nargs="+", default=default, help="score thresholds for precision and recall"
+    )
     parser.add_argument("--report", metavar="FILE", help="write an HTML page with charts and pictures of mistakes")
-    parser.add_argument("--json", metavar="FILE", help="write the metrics")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics as JSON")
     parser.add_argument("--save-detections", metavar="FILE", help="write the detections in the COCO results format")
-    parser.add_argument("--voc-files", metavar="FOLDER", help="write comp4_det_SPLIT_CLASS.txt for the VOC server")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
+    parser.add_argument(
+        "--voc-files", metavar="FOLDER", help="write comp4_det_SPLIT_CLASS.txt for the VOC evaluation server"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="also replace files that this program did not write")
     parser.add_argument("--intervals", type=whole_number(0), default=1000, help="bootstrap resamples; 0: no intervals")
     parser.add_argument("--min-score", type=float, default=EVALUATION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=EVALUATION.max_overlap, help="NMS IoU threshold")
-    parser.add_argument("--top-k", type=whole_number(1), default=EVALUATION.top_k, help="most detections per image")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--batch-size", type=whole_number(1), default=16)
+    parser.add_argument("--top-k", type=whole_number(1), default=EVALUATION.top_k, help="maximum detections per image")
+    parser.add_argument("--flip", action="store_true", help="average the outputs for the image and its mirror image")
+    parser.add_argument("--batch-size", type=whole_number(1), default=16, help="images per forward pass")
     parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that load images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
@@ -106,10 +110,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, option: str, others: tuple[str, ...]) -> None:
-    """Exits with a message if one of `others` was given beside an option that makes it meaningless."""
-    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) != parser.get_default(name)]
-    if given:
-        parser.error(f"{option} takes no {', '.join(given)}")
+    """Exits with an error if one of `others` was given too, which have no effect with `option`."""
+    conflicting = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) != parser.get_default(name)]
+    if conflicting:
+        parser.error(f"{option} cannot be combined with {', '.join(conflicting)}")
 
 
 def outputs_of(args: argparse.Namespace, data_list: DataList) -> list[tuple[str, str | Path | None]]:
@@ -124,13 +128,13 @@ def inputs_of(args: argparse.Namespace, data_list: DataList) -> list[str | None]
     return [args.checkpoint, args.detections, data_list.path, *(args.compare or ())]
 
 
-def obtain(
+def get_detections(
     source: str, data_list: DataList, args: argparse.Namespace
 ) -> tuple[list[ImageDetections], dict[str, dict[str, Any]]]:
     """Detections from a .json file or a folder of them, a checkpoint or an exported file.
 
     Returns:
-        One dict per image; and "settings", "seconds" and, of a model, its "configuration", for the report.
+        One dict per image; and "settings", "seconds" and, for a model, its "configuration", for the report.
     """
     if source == args.detections or source.endswith(".json") or Path(source).is_dir():
         start = time.perf_counter()
@@ -154,9 +158,9 @@ def obtain(
 
 
 def compare(sources: list[str], data_list: DataList, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """intervals.compare of two checkpoints or .json files of detections."""
+    """The result of intervals.compare for two checkpoints or files of detections."""
     first, second = (
-        intervals.match(data_list, rank(data_list, obtain(source, data_list, args)[0])) for source in sources
+        intervals.match(data_list, rank(data_list, get_detections(source, data_list, args)[0])) for source in sources
     )
     return intervals.compare(data_list, first, second, args.intervals or 1000)
 

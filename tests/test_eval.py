@@ -160,8 +160,11 @@ def test_other_classes_are_refused(drawn, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--compare", "a", "b", "--json", "x", "--report", "y"], "--compare takes no --report, --json"),
-        (["--detections", "a", "--flip", "--min-score", "0.1"], "--detections takes no --flip, --min-score"),
+        (["--compare", "a", "b", "--json", "x", "--report", "y"], "--compare cannot be combined with --report, --json"),
+        (
+            ["--detections", "a", "--flip", "--min-score", "0.1"],
+            "--detections cannot be combined with --flip, --min-score",
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_refused(arguments, said, capsys):
@@ -174,7 +177,7 @@ def test_bad_files_are_named(checkpoint, tmp_path, drawn, monkeypatch):
     with pytest.raises(SystemExit, match=r"no data list .*test\.json"):
         main([str(checkpoint), "--data", str(drawn), "--split", "test"])
     (tmp_path / "bad.pth.tar").write_text("x")
-    with pytest.raises(SystemExit, match=r"bad\.pth\.tar is no checkpoint"):
+    with pytest.raises(SystemExit, match=r"bad\.pth\.tar is not a checkpoint"):
         main([str(tmp_path / "bad.pth.tar"), "--data", str(drawn)])
     with pytest.raises(SystemExit, match=r"^eval: image nowhere/val_00000\.jpg is missing"):
         main([str(checkpoint), "--data", str(drawn), "--images", "nowhere", "--workers", "1"])

@@ -81,7 +81,7 @@ def chart_gains(data_list: DataList, ranked: Ranked, errors: Errors) -> Chart:
         "Bars: " + ", ".join(f"{name} errors {percent(gain)} points" for name, gain in gains.items()),
         "VOC2010 AP at IoU 0.5 gained by correcting one type of error and no other, as TIDE defines them "
         "(arXiv:2008.08016). The types do not add up to 100. Detections count from the score threshold of the "
-        "evaluation (0.01) on, so objects that are found with low scores are "
+        "evaluation (0.01) on, so objects that are detected with low scores are "
         "not missed here, though the recall at 0.40 is low.",
         ("error", "points", "number", "what it is"),
         [(name, f"{100 * gains[name]:.2f}", counts[name], text) for name, text in error_analysis.ERROR_TYPES.items()],
@@ -160,16 +160,18 @@ def chart_curves(data_list: DataList, ranked: Ranked, errors: Errors, metrics: d
 def chart_calibration(ranked: Ranked, errors: Errors) -> Chart:
     """Precision of the detections in ten ranges of scores."""
     bins = error_analysis.calibration(ranked, errors)
-    known = [(number, one) for number, one in enumerate(bins) if one]
+    filled = [(number, entry) for number, entry in enumerate(bins) if entry]
     figure = Figure(figsize=(CHART_WIDTH, 4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
-    scores, precisions = [one["score"] for _, one in known], [one["precision"] for _, one in known]
+    scores, precisions = [entry["score"] for _, entry in filled], [entry["precision"] for _, entry in filled]
     upper.plot(scores, precisions, marker="o", color=BLUE, label="measured")
     upper.set(ylabel="precision", ylim=(0, 1.02), xlim=(0, 1))
     upper.legend(fontsize=8)
     width = 1 / len(bins)
-    lower.bar([(number + 0.5) * width for number, _ in known], [one["detections"] for _, one in known], width * 0.9)
+    lower.bar(
+        [(number + 0.5) * width for number, _ in filled], [entry["detections"] for _, entry in filled], width * 0.9
+    )
     lower.set(xlabel="score", ylabel="detections", yscale="log")
     lower.yaxis.set_major_formatter("{x:,.0f}")
     for axes in (upper, lower):
@@ -178,14 +180,14 @@ def chart_calibration(ranked: Ranked, errors: Errors) -> Chart:
         "What a score means",
         as_svg(figure),
         "Precision by score: "
-        + ", ".join(f"{one['score']:.2f}: {percent(one['precision'])} percent" for _, one in known),
+        + ", ".join(f"{entry['score']:.2f}: {percent(entry['precision'])} percent" for _, entry in filled),
         "Above the dashed line scores are too low, below it too high. A detection is right at IoU 0.5, the first of "
         "its object.",
         ("scores", "mean score", "precision, percent", "detections"),
         [
-            (f"{number * width:.1f} to {(number + 1) * width:.1f}", f"{one['score']:.3f}", percent(one["precision"]),
-             one["detections"])
-            for number, one in known
+            (f"{number * width:.1f} to {(number + 1) * width:.1f}", f"{entry['score']:.3f}",
+             percent(entry["precision"]), entry["detections"])
+            for number, entry in filled
         ],
     )  # fmt: skip
 

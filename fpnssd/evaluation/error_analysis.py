@@ -1,10 +1,10 @@
-"""Why an average precision is what it is: error types, confusions, calibration, groups of objects, costliest mistakes.
+"""Analysis of average precision: error types, confusions, calibration, groups of objects, costliest mistakes.
 
     ranked = metrics.rank(data_list, detections)
     errors = find_errors(data_list, ranked)
     print(gains(data_list, ranked, errors))        # AP that correcting each type of error would add
 
-Everything refers to VOC2010's AP at IoU 0.5. Detections that VOC ignores (of difficult objects and crowds) are no
+Everything refers to VOC2010's AP at IoU 0.5. Detections that VOC ignores (of difficult objects and crowds) are not
 errors here either.
 """
 
@@ -30,7 +30,7 @@ ERROR_TYPES = {
     "class": "right box, wrong class: IoU of 0.5 or more with an object of another class",
     "location": "right class, inaccurate box: IoU of 0.1 to 0.5 with an object of its class",
     "both": "IoU of 0.1 to 0.5 with an object of another class",
-    "duplicate": "an object that a detection with a higher score has found already",
+    "duplicate": "an object that a detection with a higher score has matched already",
     "background": "no object there: IoU below 0.1 with every object",
     "missed": "an object without a detection, not even one of the wrong class or an inaccurate one",
 }
@@ -201,15 +201,15 @@ def costliest_missed(
 
 def _few_of_each(rows: np.ndarray, labels: np.ndarray, most: int, most_of_class: int) -> list[int]:
     """The first `most` rows with at most `most_of_class` of a label."""
-    taken: list[int] = []
+    chosen: list[int] = []
     seen: dict[int, int] = {}
     for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
         seen[label] = seen.get(label, 0) + 1
         if seen[label] <= most_of_class:
-            taken.append(row)
-        if len(taken) == most:
+            chosen.append(row)
+        if len(chosen) == most:
             break
-    return taken
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def compare(
 
 def _mean_resampled(data_list: DataList, matched: Matched | Sequence[Matched], weights: np.ndarray) -> Scores:
     several = [matched] if isinstance(matched, Matched) else matched
-    scores = [resampled(data_list, one, weights) for one in several]
-    return {name: np.mean([one[name] for one in scores], axis=0) for name in NAMES}
+    scores = [resampled(data_list, of_run, weights) for of_run in several]
+    return {name: np.mean([of_run[name] for of_run in scores], axis=0) for name in NAMES}
 
 
 def draw_weights(images: int, samples: int, seed: int = 0) -> np.ndarray:
@@ -247,7 +247,7 @@ def _mean_precision(reached: np.ndarray, precision: np.ndarray, levels: np.ndarr
     0 where it never does."""
     padded = np.concatenate([precision, np.zeros((len(precision), 1))], axis=1)
     rows = zip(reached, padded, levels, strict=True)
-    return np.array([row[np.searchsorted(values, wanted, side="left")].mean() for values, row, wanted in rows])
+    return np.array([row[np.searchsorted(values, targets, side="left")].mean() for values, row, targets in rows])
 
 
 def _coco_ap(num_tp: np.ndarray, precision: np.ndarray, positives: np.ndarray) -> np.ndarray:

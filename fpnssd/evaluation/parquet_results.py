@@ -18,7 +18,7 @@ COLUMNS = ("path", "height", "width", "boxes", "scores", "names", "error")
 def read_parquet(
     folder: str | Path, data_list: DataList, skip_bad: bool = False
 ) -> tuple[list[ImageDetections], dict[str, int]]:
-    """Reads the detections of a data list's images; rows of other pictures are passed over.
+    """Reads the detections of a data list's images; rows of other pictures are ignored.
 
     A row belongs to an image if one of the two paths ends in the other, both taken as relative to an unknown folder; of
     two such rows the one with the image's own path counts.

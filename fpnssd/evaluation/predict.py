@@ -31,7 +31,7 @@ class Predictor:
         detector: the network and its priors.
         min_score: score threshold.
         max_overlap: NMS IoU threshold.
-        top_k: most detections per image.
+        top_k: maximum number of detections per image.
         flip: average the class probabilities and the offsets of each image and its mirror image.
 
     Attributes:
@@ -123,7 +123,7 @@ def predict(
     loader = make_loader(Subset(DetectionDataset(data_list, image_size), rows), batch_size, workers=workers)
     detections: list[ImageDetections] = []
     inside, start = 0.0, time.perf_counter()
-    hidden = None if distributed.is_main() else True  # None: where stderr is no terminal
+    hidden = None if distributed.is_main() else True  # None: hidden if stderr is not a terminal
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=hidden):
         begun = time.perf_counter()
         detections += predict_fn(batch["image"], batch["size"])
