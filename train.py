@@ -2,11 +2,11 @@
 
     python train.py                                   # preset voc2012: data/voc2012, resnet50, 280 epochs
     python train.py --preset lite --data data/vocreal --name small --set backbone_lr_scale=0.1
-    python train.py --preset finetune --data data/mine --minutes 20 --name mine   # from the checkpoint that ships
+    python train.py --preset finetune --data data/mine --minutes 20 --name mine   # fine-tunes the shipped checkpoint
     python train.py --name small --resume             # continues runs/small
     torchrun --nproc-per-node 8 train.py              # eight GPUs; docs/training.md shows several machines
 
-Ctrl-C, or a scheduler's SIGTERM, saves after the running step and ends; a second Ctrl-C ends at once.
+Ctrl-C, or a scheduler's SIGTERM, saves and stops after the current step; a second Ctrl-C stops immediately.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> dic
     except (InputError, TrainingStopped, OSError) as error:
         sys.exit(f"train: {error_message(error)}")
     except KeyboardInterrupt:
-        sys.exit("train: stopped at once; --resume continues from the last checkpoint")
+        sys.exit("train: stopped immediately; --resume continues from the last checkpoint")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,9 +64,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="voc2012", help=f"{', '.join(PRESETS)} (default: voc2012)")
     for name, text in FLAGS.items():
         default = getattr(TrainConfig(), name)
+        shown = "" if default is False or default == "" else f" (voc2012: {default})"
         kind = {"action": "store_const", "const": True} if isinstance(default, bool) else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (voc2012: {default!r})", **kind)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any field")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text + shown, **kind)
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any field of the configuration"
+    )
     parser.add_argument("--resume", action="store_true", help="continue runs/NAME")
     return parser.parse_args(argv)
 
@@ -76,15 +79,15 @@ def train(config: TrainConfig, resume: bool = False, started: float | None = Non
 
     Args:
         config: see fpnssd.training.config.
-        resume: continue the run that is there.
+        resume: continue the existing run.
         started: time.monotonic() from which config.minutes count; None for now.
 
     Returns:
         The metrics of the last evaluation (fpnssd.evaluation.metrics), or None if there was none.
 
     Raises:
-        InputError: if the configuration, the lists or the run do not fit; nothing was trained.
-        TrainingStopped: if the training could not go on.
+        InputError: if the configuration, the lists or the run cannot be used; nothing was trained.
+        TrainingStopped: if the training could not continue.
     """
     started = time.monotonic() if started is None else started
     with (
@@ -139,7 +142,7 @@ class Trainer:
             self.folder.load(self.state)
         self.folder.prepare()
         self.folder.write_log(self.state)
-        # Only where its minutes were over a training ends within an epoch, and still has a row for it.
+        # A training that ran out of time ended within an epoch, which has a row in the log nevertheless.
         ended_early = self.state.step < len(self.state.log) * self.steps_per_epoch
         self.finished = len(self.state.log) >= config.epochs or ended_early
 
@@ -269,11 +272,11 @@ class Trainer:
         """Writes best.pth.tar, last.pth.tar, log.csv and pictures."""
         state, best, stale = self.state, self.state.best, self.state.stale
         if detections is not None:
-            score = row["voc2007_ap50"]  # None where the list has no object: then the latest is the best
+            score = row["voc2007_ap50"]  # None if the list has no objects: then the latest is the best
             is_best = score is None or best is None or score > best
             stale = 0 if is_best else stale + 1
             if is_best and self.folder.save_best(state, score):
-                best = score  # where saving failed, the next evaluation may replace it
+                best = score  # if saving failed, the next evaluation may replace it
         state.best, state.stale, self.stopping = distributed.broadcast((best, stale, self.stop.requested))
         state.sums, state.seconds, state.log = {}, 0.0, [*state.log, row]
         self.save()
@@ -284,24 +287,24 @@ class Trainer:
                 self.progress.log_evaluation(row, self.val_list, detections)
 
     def save(self) -> bool:
-        """Saves last.pth.tar; if it could not be written, it is due again in a minute."""
+        """Saves last.pth.tar; after a failure the next attempt is a minute later."""
         self.state.elapsed = self.plan.elapsed
         saved = self.folder.save(self.state)
         self.last_save = time.monotonic() - (0 if saved else 60 * (self.config.save_minutes - 1))
         return saved
 
     def run(self) -> dict | None:
-        """train_epochs, with failures as TrainingStopped, and a summary at the end."""
+        """Runs train_epochs, turns failures into TrainingStopped, and prints a summary."""
         config, state, folder, metrics = self.config, self.state, self.folder, None
         if self.finished and distributed.is_main():
-            print(f"nothing left to do: all {len(state.log)} epochs of {folder.path} are trained")
+            print(f"nothing left to do: all {len(state.log)} epochs of {folder.path} are done")
         try:
             metrics = self.train_epochs()
         except (DataError, RuntimeError, *LOST_WORKER) as error:
             reason = describe_failure(error, config, self.loader.dataset, folder.path)
             if reason is None:
                 raise
-            # torch can raise the loss of a worker at any point: an incomplete step is not saved.
+            # torch may report a dead worker at any point: an incomplete step is not saved.
             saved = not (self.in_step or isinstance(error, NotFiniteError)) and self.save()
             self.stopping = self.stop.requested and saved  # a second SIGTERM ended a worker
             if not self.stopping:
@@ -315,13 +318,14 @@ class Trainer:
             if self.stopping and not self.finished:
                 print(f"stopped after step {state.step}; continue with --name {config.name} --resume")
             elif self.out_of_patience():
-                print(f"stopped after {state.stale} evaluations without a better one; the best is {state.best:.3f}")
+                print(f"stopped after {state.stale} evaluations without improvement; the best AP50 is {state.best:.3f}")
             print(setup.format_end(config, folder.path, state.best, state.log))
         if not folder.saved:
             raise TrainingStopped(f"step {state.step} is not saved: make room on the disk, then --resume")
         return metrics
 
     def out_of_patience(self) -> bool:
+        """Whether the last config.patience evaluations brought no improvement."""
         return 0 < self.config.patience <= self.state.stale
 
 

@@ -110,7 +110,7 @@ def test_two_machines_are_one(lists):
     assert time.monotonic() - begin < 60
     assert agents[0].returncode != 0
     assert "process 0 lost the others" in said
-    assert "ends, as the torchrun that started it was killed" in agents[1].communicate(timeout=60)[0]
+    assert "exits, as the torchrun that started it was killed" in agents[1].communicate(timeout=60)[0]
     assert load_checkpoint(lists / "runs/two/last.pth.tar")["step"] < 20
     agents = start_agents(lists, "--name", "two", "--resume")
     said = [agent.communicate(timeout=240)[0] for agent in agents]

@@ -180,7 +180,7 @@ def test_a_worker_that_is_killed(drawn, in_tmp, monkeypatch):
     monkeypatch.setattr(DetectionDataset, "__getitem__", fatal)
     with pytest.raises(
         TrainingStopped,
-        match=r"worker that loads data was lost.*fewer --workers.*(Step \d of runs/tiny is|stays as last) saved",
+        match=r"data loading worker died.*fewer --workers.*(Step \d of runs/tiny is|stays as last) saved",
     ):
         train(tiny_config(drawn, workers=1))
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 3

@@ -83,7 +83,7 @@ def test_the_command_line_goes_before_all_choices(checkpoint):
     assert (config.epochs, config.class_balance, config.image_size) == (3, 1.0, 128)
     assert config.scales == TrainConfig().scales
     printed = finetune.format_choices([finetune.Choice("epochs", 30, "why")], config)
-    assert printed == "epochs  3  given, in place of 30"
+    assert printed == "epochs  3  given, instead of 30"
 
 
 def test_objects_without_a_prior_and_tiny_ones(in_tmp):
@@ -107,7 +107,7 @@ def test_other_priors_than_ssds_are_refused(in_tmp):
     shapes[3] = tuple(reversed(shapes[3]))
     save_checkpoint("odd.pth.tar", FPNSSD(ModelConfig(("a",), "test_resnet", 64, 16, prior_shapes=tuple(shapes))))
     write_list("data", [30] * 20)
-    with pytest.raises(InputError, match="odd.pth.tar has other priors than SSD's"):
+    with pytest.raises(InputError, match="odd.pth.tar does not have SSD's priors"):
         chosen("--data", "data", "--weights", "odd.pth.tar")
 
 
@@ -118,7 +118,7 @@ def test_fine_tuning_without_a_val_list(drawn, checkpoint, capsys):
     assert main([*flags, "--set", *tiny, "repeats=2"]) is None
     printed = capsys.readouterr().out
     assert "no list val.json" in printed
-    assert "given, in place of 30" in printed  # 9,600 samples in epochs of 27 x 12
+    assert "given, instead of 30" in printed  # 9,600 samples in epochs of 27 x 12
     assert "detect.py FOLDER --checkpoint runs/mine/last.pth.tar" in printed
     last = load_checkpoint("runs/mine/last.pth.tar")
     assert last["step"] == 6  # 12 images, twice, by 4

@@ -93,7 +93,7 @@ def test_killed_and_resumed_is_straight_through(drawn, in_tmp, kills):
         resume = ["--resume"] * (number > 0)
         process = start(in_tmp, [*arguments, "name=killed", f"workers={workers}", *resume], "runs/killed/last.pth.tar")
         if number:
-            while "resumes runs/killed" not in process.stdout.readline():
+            while "resuming runs/killed" not in process.stdout.readline():
                 assert process.poll() is None
         time.sleep(moment)
         process.kill()
@@ -182,8 +182,8 @@ def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsy
     capsys.readouterr()
     metrics = main(["--resume", "--name", "tiny", "--epochs", "2", "--lr", "0.5", "--set", "eval_every=2"])
     said = capsys.readouterr().out
-    assert "now epochs 1 -> 2" in said
-    assert "now lr 0.001 -> 0.5" in said
+    assert "changed: epochs 1 -> 2" in said
+    assert "changed: lr 0.001 -> 0.5" in said
     assert "eval_every 1 ->" not in said  # where it runs and when it looks may change without a word
     assert metrics is not None
     checkpoint = load_checkpoint("runs/tiny/last.pth.tar")
@@ -214,7 +214,7 @@ def test_what_is_changed_is_said_and_what_cannot_is_refused(drawn, in_tmp, capsy
             "precision=fp16",
         ]
     )
-    assert "now precision 'fp32' -> 'fp16'" in capsys.readouterr().out
+    assert "changed: precision 'fp32' -> 'fp16'" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named(drawn, in_tmp):
@@ -273,10 +273,10 @@ def test_the_content_of_the_lists_decides_about_resuming(drawn, in_tmp, capsys):
     content = json.loads((drawn / "train.json").read_text())
     other_labels = [{**entry, "category_id": content["categories"][0]["id"]} for entry in content["annotations"]]
     copied_lists(drawn, annotations=other_labels)
-    with pytest.raises(InputError, match=r"trained on another list than data/train\.json"):
+    with pytest.raises(InputError, match=r"trained on a different list than data/train\.json"):
         train(tiny_config("data", epochs=2), resume=True)
     copied_lists(drawn, images=content["images"][::-1])  # the same images in another order
-    with pytest.raises(InputError, match="trained on another list"):
+    with pytest.raises(InputError, match="trained on a different list"):
         train(tiny_config("data", epochs=2), resume=True)
     # The same content under another path, and formatted otherwise, is the same list; another val list is a note.
     copied_lists(drawn)
@@ -285,7 +285,7 @@ def test_the_content_of_the_lists_decides_about_resuming(drawn, in_tmp, capsys):
     Path("data/val.json").write_text(json.dumps({**val, "images": val["images"][::-1]}))
     capsys.readouterr()
     train(tiny_config("data", epochs=2), resume=True)
-    assert "now the evaluation list has another content" in capsys.readouterr().out
+    assert "changed: the content of the evaluation list" in capsys.readouterr().out
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
 
 

@@ -35,7 +35,7 @@ def test_a_run_from_lists_to_files(drawn, in_tmp, capsys):
     for changed in ("epochs 2", "name a", f"data {drawn}", "image_size 64", "all fields: runs/a/config.json"):
         assert changed in printed
     assert "ema_decay" not in printed  # a field of the preset's own value
-    assert "lr 0.001 (lr 0.001, defined for 4 images per step)" in printed
+    assert "accumulated), lr 0.001\n" in printed
     assert "best: runs/a/best.pth.tar (epoch " in printed
     assert f"python eval.py runs/a/best.pth.tar --data {drawn}" in printed
     assert set(metrics["per_class"]) == set(DataList.load(drawn / "val.json").classes)
@@ -107,7 +107,7 @@ def test_accumulated_batches_are_one_batch(drawn, in_tmp):
 def test_early_stopping(drawn, in_tmp, capsys):
     train(tiny_config(drawn, epochs=30, patience=2, lr=1e-30, log_every=1))  # nothing is learnt, so no score is better
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 9
-    assert "stopped after 2 evaluations without a better one" in capsys.readouterr().out
+    assert "stopped after 2 evaluations without improvement" in capsys.readouterr().out
 
 
 def test_fine_tuning_from_other_classes(drawn, in_tmp, capsys):

@@ -1,4 +1,4 @@
-"""The state of a training and the folder that it is kept in: runs/NAME with checkpoints, config.json and log.csv.
+"""The state of a training and its folder: runs/NAME with checkpoints, config.json and log.csv.
 
 last.pth.tar holds everything that --resume needs; best.pth.tar holds the averaged weights of the best evaluation.
 """
@@ -42,7 +42,7 @@ class NotFiniteError(RuntimeError):
 
 @dataclass
 class TrainState:
-    """Everything that changes in a training, and so what a checkpoint holds."""
+    """Everything that changes during a training, and is saved in a checkpoint."""
 
     model: FPNSSD
     ema: EMA
@@ -52,7 +52,7 @@ class TrainState:
     best: float | None = None  # VOC2007 AP50 of best.pth.tar
     stale: int = 0  # evaluations since the best one
     sums: dict[str, float] = field(default_factory=dict)  # of the loss terms of this epoch, and how many "steps"
-    seconds: float = 0.0  # that this epoch has taken so far
+    seconds: float = 0.0  # duration of this epoch so far
     elapsed: float = 0.0  # seconds of the training at the last save, from the start of its process on
     log: list[dict] = field(default_factory=list)  # a row for each epoch
     # Not in a checkpoint: of each step since read_losses its number, the keys of its samples (epoch, index, occurrence)
@@ -115,7 +115,7 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("step", "best", "stale", "sums", "seconds", "log"):
             setattr(self, name, checkpoint[name])
-        self.elapsed = checkpoint.get("elapsed", 0.0)  # files made before there was a limit lack it
+        self.elapsed = checkpoint.get("elapsed", 0.0)  # missing in files from before time limits existed
         torch.set_rng_state(checkpoint["torch_rng"])
         if "cuda_rng" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -140,10 +140,10 @@ class RunFolder:
             "step_images": step_images,
             "versions": VERSIONS,
         }
-        self.saved = True  # whether the last attempt to save went well
+        self.saved = True  # whether the last attempt to save succeeded
 
     def prepare(self) -> None:
-        """Writes config.json, and removes what a killed process left half written."""
+        """Writes config.json, and removes unfinished files of a killed process."""
         if is_main():
             for left_over in self.path.glob(".*.pth.tar.*"):
                 left_over.unlink()
@@ -167,7 +167,7 @@ class RunFolder:
         return try_to_save(path, lambda: save_checkpoint(path, state.ema.module, **content))
 
     def write_log(self, state: TrainState) -> None:
-        """log.csv: the rows of the state, so that those of epochs that a kill has lost go."""
+        """Writes log.csv from the state, so without epochs that were lost when a process was killed."""
         if state.log and is_main():
             columns = dict.fromkeys(name for row in state.log for name in row)
             writer = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
@@ -176,10 +176,10 @@ class RunFolder:
             try_to_save(self.path / "log.csv", lambda: write_text(self.path / "log.csv", text.getvalue()))
 
     def load(self, state: TrainState) -> None:
-        """Loads last.pth.tar into a state of the same shapes, and prints what differs in the configuration.
+        """Loads last.pth.tar into a state of the same shapes, and prints changes of the configuration.
 
         Raises:
-            InputError: if it is missing or damaged, or of another training.
+            InputError: if it is missing or damaged, or belongs to another training.
         """
         path = self.path / LAST
         try:
@@ -187,29 +187,31 @@ class RunFolder:
             if damaged is not None:
                 raise InputError(f"checksum of {damaged}")
             checkpoint = load_checkpoint(path)
-        except Exception as error:  # a damaged zip file makes its readers raise nearly anything
+        except Exception as error:  # readers of a damaged zip file may raise nearly any exception
             reason = f"{path} is damaged and cannot be resumed ({str(error) or type(error).__name__})"
             raise InputError(f"{reason}; --weights {self.path / BEST} starts another run (--name)") from error
         changes = self._compare(checkpoint, state)
         state.load_state_dict(checkpoint)
         if is_main():
-            print(f"resumes {path} at step {state.step}")
+            print(f"resuming {path} at step {state.step}")
             for change in changes:
-                print(f"  now {change}")
+                print(f"  changed: {change}")
 
     def _compare(self, checkpoint: dict, state: TrainState) -> list[str]:
-        """Notes such as "lr 0.001 -> 0.01"; InputError where the training could not go on as it was."""
+        """Notes such as "lr 0.001 -> 0.01"; raises an InputError if the training cannot continue."""
         path, identity = self.path / LAST, self.identity
         if "train_config" not in checkpoint or "optimizer" not in checkpoint:
-            raise InputError(f"{path} holds a model, but not the state of a training")
+            raise InputError(f"{path} has a model, but not the state of a training")
         saved, now = checkpoint["train_config"], identity["train_config"]
         if "trunk" in saved:
             raise InputError(old_run(self.path))
         if checkpoint["model"].config != state.model.config:
-            raise InputError(f"{path} was trained with other classes or shapes than {self.config.data} and the flags")
+            raise InputError(
+                f"{path} was trained with other classes or shapes than those of {self.config.data} and the flags"
+            )
         if checkpoint.get("content_hash") != identity["content_hash"]:
             raise InputError(
-                f"{path} was trained on another list than {self.list_path}: its images, boxes or flags differ; start "
+                f"{path} was trained on a different list than {self.list_path}: images, boxes or flags differ; start "
                 "another run (--name)"
             )
         if checkpoint["step_images"] != identity["step_images"]:
@@ -222,20 +224,20 @@ class RunFolder:
         changes = {name: f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in changed}
         refused = [change for name, change in changes.items() if name in FIXED]
         if refused:
-            raise InputError(f"{path} cannot be resumed with another {'; '.join(refused)}: start another run (--name)")
+            raise InputError(f"{path} cannot be resumed with changed {'; '.join(refused)}: start another run (--name)")
         notes = list(changes.values())
         if checkpoint.get("val_hash") != identity["val_hash"]:
-            notes.append("the evaluation list has another content")
+            notes.append("the content of the evaluation list")
         before = checkpoint["versions"]
         return notes + [f"{name} {before.get(name)} -> {v}" for name, v in VERSIONS.items() if before.get(name) != v]
 
 
 def try_to_save(what: str | Path, write: Callable[[], Any]) -> bool:
-    """Calls `write`; a failure, such as a full disk, is a warning: it does not end a training. False if it failed."""
+    """Calls `write`; a failure, such as a full disk, only prints a warning. Returns whether it succeeded."""
     try:
         write()
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
-        reason = f"{what} could not be saved ({str(error).splitlines()[0]}), an earlier file stays as it is"
-        print(f"warning: {reason}; training goes on. Is the disk full?", file=sys.stderr)
+        reason = f"{what} could not be saved ({str(error).splitlines()[0]}), an earlier file is kept"
+        print(f"warning: {reason}; training continues. Is the disk full?", file=sys.stderr)
         return False
     return True

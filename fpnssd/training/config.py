@@ -36,16 +36,15 @@ FIXED = {
     "backbone", "image_size", "fpn_channels", "optimizer", "nominal_batch", "seed", "frozen_stages", "batch_norm",
     "class_balance", "repeats",
 }  # fmt: skip
-# Flags, fields and values of earlier versions, and their replacements.
-OLD_WORDS = {
-    "trunk": "is called backbone now",
-    "trunk_weights": "is called backbone_weights now",
-    "trunk_lr_scale": "is called backbone_lr_scale now",
-    "trunk_lr_decay": "is gone: backbone_lr_scale is for the whole backbone",
-    "backbone_lr_decay": "is gone: backbone_lr_scale is for the whole backbone",
-    "neck": "is gone: the neck is always an FPN",
-    "ciou": "is gone: giou is the IoU loss",
-    "train": "is gone: frozen works everywhere, sync on GPUs",
+# Fields of earlier versions, and their new names.
+RENAMED = {"trunk": "backbone", "trunk_weights": "backbone_weights", "trunk_lr_scale": "backbone_lr_scale"}
+# Flags, fields and values of earlier versions, and what became of them.
+OLD_WORDS = {name: f"is called {new} now" for name, new in RENAMED.items()} | {
+    "trunk_lr_decay": "was removed: backbone_lr_scale is for the whole backbone",
+    "backbone_lr_decay": "was removed: backbone_lr_scale is for the whole backbone",
+    "neck": "was removed: the neck is always an FPN",
+    "ciou": "was removed: giou is the IoU loss",
+    "train": "was removed: frozen works everywhere, sync on GPUs",
     "voc280": "is called voc2012 now, which trains for 280 epochs",
 }
 
@@ -62,7 +61,7 @@ class TrainConfig:
     data: str = "data/voc2012"  # folder of data lists
     train_split: str = "train"
     val_split: str = "val"  # empty: no evaluation
-    images: str = ""  # folder of the photographs, if not where the data lists say
+    images: str = ""  # folder of the images, if not that of the data lists
 
     backbone: str = "resnet50"  # a timm name
     backbone_weights: str = "imagenet"  # or none, or a file
@@ -76,11 +75,11 @@ class TrainConfig:
 
     epochs: int = 280
     repeats: int = 1  # how often an epoch goes through the training list: small lists have too few steps otherwise
-    # Limit for the whole training, from the start of the process to the last file written; 0: none. The schedule
-    # follows the clock (time_plan.py), so a resumed training is no longer the same as an uninterrupted one.
+    # Time limit of the training, from the start of the process to the last file written; 0: none. The schedule follows
+    # the clock (time_plan.py), so a resumed training differs from an uninterrupted one.
     minutes: float = 0.0
     batch_size: int = 32  # images of one forward pass of a process
-    nominal_batch: int = 32  # images per step, rounded to whole batches: batches are accumulated to come nearest to it
+    nominal_batch: int = 32  # images per step, to which batches are accumulated, rounded to whole batches
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3  # of all but the backbone, at nominal_batch images per step; larger steps scale it (scaled_lr)
     backbone_lr_scale: float = 0.2  # the backbone's learning rate as a share of lr: pretrained features are soon lost
@@ -172,15 +171,15 @@ def lite() -> TrainConfig:
 
 
 def finetune() -> TrainConfig:
-    """From the checkpoint that ships to your own data: fpnssd/training/finetune.py chooses the rest from the data.
+    """Fine-tunes the shipped checkpoint on your own data; fpnssd/training/finetune.py adapts settings to the data.
 
-    More and larger steps than lite takes in the same minutes: docs/training.md has the measurement.
+    Fewer images per step and a higher rate than lite: docs/training.md has the comparison.
     """
     return replace(lite(), name="finetune", weights=DEFAULT_CHECKPOINT, batch_size=8, nominal_batch=8, lr=2e-3)
 
 
 def demo() -> TrainConfig:
-    """make demo: the shapes that fpnssd.data.synthetic draws, in four minutes of one core."""
+    """make demo: the shapes that fpnssd.data.synthetic draws; takes four minutes on one core."""
     return TrainConfig(
         name="demo", data="data/synthetic", backbone="tf_efficientnet_lite0", image_size=256, fpn_channels=128,
         frozen_stages=3, backbone_lr_scale=1.0, epochs=7, batch_size=8, nominal_batch=8, augment=NO_AUGMENTATION,
@@ -195,19 +194,19 @@ PRESETS = {preset.__name__: preset for preset in (voc2012, voc2012_atss, voc0712
 # From the command line
 
 FLAGS = {  # the fields with a flag of their own, and the flag's help
-    "name": "the run: results are written to runs/NAME",
+    "name": "name of the run: results are written to runs/NAME",
     "data": "folder of the data lists",
-    "images": "folder of the images, if not where the data lists say",
+    "images": "folder of the images, if not that of the data lists",
     "cache": "off, or disk: keep decoded images in a file beside the training list",
     "backbone": "timm name of the backbone",
     "backbone_weights": "initial weights of the backbone: imagenet, none or a file",
     "weights": "checkpoint of a detector to start from; its classes may differ",
-    "epochs": "length of the training",
-    "minutes": "end after this time, evaluation included; the learning rate follows the clock",
-    "batch_size": "images of one forward pass of a process; smaller ones are accumulated to the same step",
+    "epochs": "number of epochs",
+    "minutes": "time limit, evaluation included; the learning rate schedule follows the clock",
+    "batch_size": "images per forward pass and process; smaller batches are accumulated, so the step stays the same",
     "lr": "learning rate of all but the backbone",
     "workers": "processes that load images",
-    "seed": "of weights, order and augmentation",
+    "seed": "random seed of weights, order and augmentation",
     "device": "auto, cpu, cuda or mps",
     "precision": "auto, fp32, bf16 or fp16",
     "compile": "use torch.compile: minutes at the start, faster steps afterwards",
@@ -215,14 +214,14 @@ FLAGS = {  # the fields with a flag of their own, and the flag's help
 
 
 def make_config(args: argparse.Namespace, chosen: Iterable[str] = ()) -> TrainConfig:
-    """The configuration that a command line asks for.
+    """Makes the configuration that a command line describes.
 
     Args:
         args: of train.parse_args: `preset`, `resume`, `set` and one attribute for each of FLAGS, None if not given.
-        chosen: "field=value" texts that change the preset; the command line goes before them.
+        chosen: "field=value" texts that change the preset; the command line overrides them.
 
     Returns:
-        The preset, or with `resume` the run's own configuration, with the fields that the command line gives.
+        The preset, or with `resume` the configuration of the run, changed by the command line.
 
     Raises:
         InputError: for an unknown preset, field or value.
@@ -237,16 +236,20 @@ def make_config(args: argparse.Namespace, chosen: Iterable[str] = ()) -> TrainCo
         config = saved_config(name) or config
     config = set_fields(replace(config, **changes), args.set)
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
-        raise InputError(f"run name {config.name!r} has to be a plain folder name")
+        raise InputError(f"run name {config.name!r} must be a plain folder name")
     return config
 
 
 def refuse_old_flags(arguments: Iterable[str]) -> None:
-    """Raises InputError for a flag of an earlier version, such as --trunk, and says what it is called now."""
+    """Raises InputError for a flag of an earlier version, such as --trunk; the message has its new name."""
     for argument in arguments:
-        word = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        flag = argument.split("=")[0]
+        word = flag.removeprefix("--").replace("-", "_")
         if argument.startswith("--") and word in OLD_WORDS:
-            raise InputError(f"{argument.split('=')[0]} {OLD_WORDS[word]}")
+            new = RENAMED.get(word)
+            if new is not None and new in FLAGS:
+                raise InputError(f"{flag} is called --{new.replace('_', '-')} now")
+            raise InputError(f"{flag} {OLD_WORDS[word]}")
 
 
 def set_fields(config: T, assignments: Iterable[str]) -> T:
@@ -293,7 +296,7 @@ def _set_field(config: Any, names: list[str], text: str, assignment: str) -> Any
 
 
 def as_builtins(config: Any) -> dict:
-    """A configuration as a checkpoint or JSON file holds it: tuples become lists."""
+    """A configuration as builtins, for checkpoints and JSON: tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
 
 

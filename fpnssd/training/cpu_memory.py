@@ -1,4 +1,4 @@
-"""Memory: glibc's malloc for a training on the CPU and for the loader's workers, and how much is in use."""
+"""Memory: settings of glibc's malloc for CPU training and DataLoader workers, and the memory in use."""
 
 import contextlib
 import ctypes
@@ -47,7 +47,7 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """GiB: the most that tensors have taken of the GPU, or else that this process has (NaN on Windows)."""
+    """Peak memory in GiB: of tensors on the GPU, or else of this process (NaN on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:

@@ -1,4 +1,4 @@
-"""Several processes as one training: those that torchrun starts, and what they exchange.
+"""Distributed training: joins the processes that torchrun starts, and exchanges values between them.
 
     torchrun --nproc-per-node 8 train.py
 
@@ -26,10 +26,10 @@ def init_distributed(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did.
 
     Args:
-        device: what the user asked for.
+        device: the device that the user chose.
 
     Yields:
-        This process's device: of several GPUs the one of its local rank.
+        The device of this process: with several GPUs that of its local rank.
 
     Raises:
         InputError: if torchrun started more processes than this machine has GPUs.
@@ -48,19 +48,19 @@ def init_distributed(device: torch.device) -> Iterator[torch.device]:
     threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
-    # Only where no exception was raised: a process that fails must end at once, so that torchrun ends the others.
+    # Only if no exception was raised: a process that fails must end at once, so that torchrun ends the others.
     dist.destroy_process_group()
 
 
 def _end_with_agent(agent: int) -> None:
-    """Ends this process when its parent, torchrun, is gone.
+    """Ends this process when its parent, torchrun, has died.
 
-    torchrun that is killed leaves its processes running: those of the other machines would go on with them, and a
-    training that is started again would find runs/NAME in use.
+    A killed torchrun leaves its processes running: those of other machines would continue with them, and a restarted
+    training would find runs/NAME locked.
     """
     while os.getppid() == agent:
         time.sleep(2)
-    print(f"train: process {rank()} ends, as the torchrun that started it was killed", file=sys.stderr, flush=True)
+    print(f"train: process {rank()} exits, as the torchrun that started it was killed", file=sys.stderr, flush=True)
     os._exit(1)
 
 

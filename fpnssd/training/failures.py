@@ -19,17 +19,17 @@ from fpnssd.training.checkpoints import NotFiniteError, try_to_save
 from fpnssd.training.config import TrainConfig, batch_sizes
 from utils import error_message
 
-LOST_WORKER = (EOFError, ConnectionError)  # raised where a loader's worker ends while it hands a batch over
+LOST_WORKER = (EOFError, ConnectionError)  # raised if a DataLoader worker dies while it sends a batch
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and what is kept."""
+    """Training cannot continue; the message says why and what is saved."""
 
 
 class StopOnSignal:
-    """Turns Ctrl-C and SIGTERM into a request, `requested`: the loop ends after a whole step. A second Ctrl-C raises.
+    """Records Ctrl-C and SIGTERM in `requested`: the loop then ends after a complete step. A second Ctrl-C raises.
 
-    All handlers are restored at the end.
+    The previous handlers are restored at the end.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopOnSignal:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is threading.main_thread():  # signals can be handled nowhere else
+        if threading.current_thread() is threading.main_thread():  # handlers can be set nowhere else
             self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -51,7 +51,7 @@ class StopOnSignal:
         # in the middle of a save. Not SIG_DFL: if that worker ends right now, Python prints that it lost a handler.
         if hasattr(signal, "SIGCHLD"):  # Windows has none
             self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
-        tqdm.write("stopping after this step and saving; Ctrl-C once more to stop at once", file=sys.stderr)
+        tqdm.write("saving and stopping after this step; press Ctrl-C again to stop immediately", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -60,13 +60,13 @@ class StopOnSignal:
 
 
 def describe_failure(error: BaseException, config: TrainConfig, dataset: DetectionDataset, folder: Path) -> str | None:
-    """What went wrong in a training; None if the error is the program's own.
+    """The message for an error that ends a training; None for an error of the program itself.
 
     Args:
-        error: a number that is not finite, the GPU's memory, the data, a loader's worker, or another process.
+        error: of a value that is not finite, GPU memory, the data, a DataLoader worker, or another process.
         config: of the training.
         dataset: of the training.
-        folder: runs/NAME, where the images of a step that is not finite are drawn.
+        folder: runs/NAME, in which the images of a step that is not finite are drawn.
     """
     text = str(error)
     if isinstance(error, NotFiniteError):
@@ -76,15 +76,15 @@ def describe_failure(error: BaseException, config: TrainConfig, dataset: Detecti
     if isinstance(error, DataError):
         return error_message(error)
     if isinstance(error, LOST_WORKER) or "DataLoader worker" in text or "Pin memory thread" in text:
-        reason = "usually the system ends it because memory ran out: fewer --workers take less"
-        return f"a worker that loads data was lost ({error_message(error)}); {reason}"
+        reason = "usually the system kills it because memory ran out: fewer --workers need less"
+        return f"a data loading worker died ({error_message(error)}); {reason}"
     if distributed.num_processes() > 1 and (isinstance(error, DistError) or "gloo" in text):
-        return f"process {distributed.rank()} lost the others ({error_message(error)}): one of them says why"
+        return f"process {distributed.rank()} lost the others ({error_message(error)}): one of them prints the reason"
     return None
 
 
 def _describe_not_finite(error: NotFiniteError, dataset: DetectionDataset, folder: Path) -> str:
-    """With the images of the step, which are made again and drawn."""
+    """Names the images of the step, which are loaded again and drawn."""
     images = ""
     if error.keys:
         samples = [dataset[tuple(key)] for key in error.keys]
@@ -96,19 +96,19 @@ def _describe_not_finite(error: NotFiniteError, dataset: DetectionDataset, folde
 
 
 def _describe_out_of_memory(config: TrainConfig, num_images: int, text: str) -> str:
-    """Names what takes less memory: a batch size that keeps the images per step, if there is one."""
+    """Advises how to save memory: by a batch size that keeps the images per step, if there is one."""
     batch_size, accumulate = batch_sizes(config, num_images)
     smaller = [
         size
         for size in range(batch_size - 1, 0, -1)
         if math.prod(batch_sizes(replace(config, batch_size=size), num_images)) == batch_size * accumulate
     ]
-    advice = "a smaller backbone, fpn_channels or image_size takes less"
+    advice = "a smaller backbone, fpn_channels or image_size needs less"
     if config.batch_size > 1:
-        advice = f"another run with --batch-size {config.batch_size // 2} takes half of it"
+        advice = f"a new run with --batch-size {config.batch_size // 2} needs half of it"
     if smaller:
-        advice = f"--batch-size {smaller[0]} takes less, keeps the images per step, and can be used with --resume"
+        advice = f"--batch-size {smaller[0]} needs less, keeps the images per step, and can be used with --resume"
     return (
-        f"the GPU's memory does not hold a batch of {config.batch_size} images of {config.image_size} pixels in "
+        f"GPU memory is too small for a batch of {config.batch_size} images of {config.image_size} pixels in "
         f"{config.precision} precision: {advice} ({text.splitlines()[0]})"
     )

@@ -1,4 +1,4 @@
-"""What `train.py --preset finetune` chooses from the data: a field, its value and the reason for each.
+"""The settings that `train.py --preset finetune` derives from the data, each with its reason.
 
 The reasons name what was measured: docs/training.md has the table, experiments/own_data.csv the rows.
 """
@@ -22,10 +22,10 @@ from fpnssd.training.setup import load_lists
 from model import load_checkpoint, priors_of
 from utils import InputError
 
-EPOCH_IMAGES = 320  # smaller lists are repeated to so many in an epoch: each ends with a checkpoint of 100 MB
-IMAGES_SEEN = 9600  # by a training without a limit of time
-MANY_EPOCHS = 100_000  # more than any number of minutes has room for
-UNBALANCED = 3.0  # how many times as many images the commonest class has as the rarest
+EPOCH_IMAGES = 320  # smaller lists are repeated up to this, as each epoch ends with a checkpoint of 100 MB
+IMAGES_SEEN = 9600  # in a training without a time limit
+MANY_EPOCHS = 100_000  # more than fit into any time limit
+UNBALANCED = 3.0  # images of the commonest class / images of the rarest class
 SMALLER_SCALES = (0.06, 0.14, 0.28, 0.44, 0.6, 0.76, 0.9)
 FEW_MATCHED = 0.75  # share of the objects that have a prior with an IoU of 0.5
 TINY_SIDE, MANY_TINY, LARGER_SIZE = 16.0, 0.25, 384  # pixels; share of the objects; pixels
@@ -41,39 +41,41 @@ class Choice:
 
     @property
     def assignment(self) -> str:
-        """As --set takes it."""
+        """The choice as an argument of --set."""
         return f"{self.field}={self.value}"
 
 
 def choose(configure: Callable[[Iterable[str]], TrainConfig]) -> list[Choice]:
-    """All that the preset chooses, in the order in which it is chosen.
+    """All choices of the preset, in the order in which they are made.
 
     Args:
-        configure: makes the configuration of the preset, "field=value" texts, and the command line, which goes before
-            these.
+        configure: returns the configuration of the preset, changed by "field=value" texts, which the command line
+            overrides.
 
     Raises:
         InputError: if the lists or the checkpoint config.weights cannot be used.
     """
     config, choices = configure([]), []
     if config.val_split and not (Path(config.data) / f"{config.val_split}.json").is_file():
-        choices.append(Choice("val_split", "", f"no list {config.val_split}.json: the last weights, not evaluated"))
+        choices.append(Choice("val_split", "", f"no list {config.val_split}.json: no evaluation"))
         config = replace(config, val_split="")
     train_list, _ = load_lists(config)
     if config.weights:
         choices += follow_checkpoint(config)
     for rule in (choose_length, choose_balance, choose_priors, choose_image_size):
         choices += rule(train_list, configure([choice.assignment for choice in choices]))
-    return list({choice.field: choice for choice in choices}.values())  # a later one replaces an earlier one
+    return list({choice.field: choice for choice in choices}.values())  # a later choice replaces an earlier one
 
 
 def follow_checkpoint(config: TrainConfig) -> list[Choice]:
-    """The shapes of the detector that is fine-tuned, and how many of its stages stay frozen."""
+    """The shapes of the detector to fine-tune, and the number of its frozen stages."""
     model = load_checkpoint(config.weights)["model"]
     scales = tuple(shapes[0][0] for shapes in model.config.prior_shapes)
     if ssd_prior_shapes(scales) != model.config.prior_shapes:
-        raise InputError(f"{config.weights} has other priors than SSD's: --preset lite --weights takes what fits of it")
-    reason = "of the checkpoint"
+        raise InputError(
+            f"{config.weights} does not have SSD's priors: --preset lite --weights copies the tensors that fit"
+        )
+    reason = "as in the checkpoint"
     choices = [Choice(name, getattr(model.config, name), reason) for name in ("backbone", "image_size", "fpn_channels")]
     choices.append(Choice("scales", scales, reason))
     frozen = (len(backbone_stages(model.backbone)) - 1) // 2
@@ -81,14 +83,14 @@ def follow_checkpoint(config: TrainConfig) -> list[Choice]:
 
 
 def choose_length(train_list: DataList, config: TrainConfig) -> list[Choice]:
-    """Samples of an epoch, epochs, and evaluations."""
+    """Samples per epoch, and numbers of epochs and evaluations."""
     images = len(train_list)
     repeats = math.ceil(EPOCH_IMAGES / images)
-    epochs, reason = math.ceil(IMAGES_SEEN / (images * repeats)), f"{IMAGES_SEEN} samples in all"
-    eval_every, often = math.ceil(epochs / 4), "four times"
+    epochs, reason = math.ceil(IMAGES_SEEN / (images * repeats)), f"{IMAGES_SEEN} samples in total"
+    eval_every, often = math.ceil(epochs / 4), "four evaluations"
     if config.minutes:
         epochs = eval_every = MANY_EPOCHS
-        reason, often = f"until {config.minutes:g} minutes are over", "at the end"
+        reason, often = f"limited by {config.minutes:g} minutes", "one evaluation, at the end"
     return [
         Choice("repeats", repeats, f"{images} photographs: {images * repeats} samples in an epoch"),
         Choice("epochs", epochs, reason),
@@ -97,7 +99,7 @@ def choose_length(train_list: DataList, config: TrainConfig) -> list[Choice]:
 
 
 def choose_balance(train_list: DataList, config: TrainConfig) -> list[Choice]:
-    """How much more often photographs of rare classes are drawn."""
+    """Whether images of rare classes are drawn more often."""
     weights = balanced_weights(train_list, 1.0)
     ratio = weights.max() / weights.min()
     reason = f"the commonest class is in {ratio:.1f} times as many photographs as the rarest"
@@ -105,17 +107,19 @@ def choose_balance(train_list: DataList, config: TrainConfig) -> list[Choice]:
 
 
 def choose_priors(train_list: DataList, config: TrainConfig) -> list[Choice]:
-    """Smaller priors where few objects match one."""
+    """Smaller priors if few objects match a prior."""
     matched = share_matched(normalised_boxes(train_list), config)
     if matched >= FEW_MATCHED:
         return []
     usual = str(config.scales).replace(" ", "")
-    reason = f"{matched:.0%} of the objects have a prior with an IoU of 0.5; --set 'scales={usual}' keeps the usual"
+    reason = (
+        f"{matched:.0%} of the objects have a prior with an IoU of 0.5; --set 'scales={usual}' keeps the usual ones"
+    )
     return [Choice("scales", SMALLER_SCALES, reason)]
 
 
 def choose_image_size(train_list: DataList, config: TrainConfig) -> list[Choice]:
-    """Larger images where many objects are tiny."""
+    """Larger images if many objects are tiny."""
     boxes = normalised_boxes(train_list)
     sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)) * config.image_size
     tiny, cost = float((sides < TINY_SIDE).mean()), (LARGER_SIZE / config.image_size) ** 2
@@ -126,14 +130,14 @@ def choose_image_size(train_list: DataList, config: TrainConfig) -> list[Choice]
 
 
 def normalised_boxes(data_list: DataList) -> np.ndarray:
-    """(n, 4) float32, xyxy in 0..1 of the image: the objects of a list but crowds."""
+    """(n, 4) float32, xyxy in 0..1 of the image: the objects of a list except crowds."""
     heights, widths = data_list.sizes[data_list.object_images].T
     boxes = data_list.boxes / np.stack([widths, heights, widths, heights], axis=1)
     return boxes[~data_list.crowd].astype(np.float32)
 
 
 def share_matched(boxes: np.ndarray, config: TrainConfig) -> float:
-    """The share of boxes (n, 4), xyxy in 0..1, that some prior of the network overlaps with an IoU of 0.5 or more."""
+    """The share of boxes (n, 4), xyxy in 0..1, that have an IoU of 0.5 or more with a prior of the network."""
     shape = ModelConfig(("a",), config.backbone, config.image_size, 16, prior_shapes=ssd_prior_shapes(config.scales))
     priors = box_convert(priors_of(shape), "cxcywh", "xyxy")
     best = [box_iou(part, priors).amax(dim=1) for part in torch.from_numpy(boxes).split(256)]
@@ -141,11 +145,11 @@ def share_matched(boxes: np.ndarray, config: TrainConfig) -> float:
 
 
 def format_choices(choices: list[Choice], config: TrainConfig) -> str:
-    """The choices as a table, with the values that the configuration has: the command line may give others."""
+    """The choices as a table, with the values of the configuration, which the command line may have overridden."""
     rows = []
     for choice in choices:
         value = getattr(config, choice.field)
-        reason = choice.reason if value == choice.value else f"given, in place of {choice.value}"
+        reason = choice.reason if value == choice.value else f"given, instead of {choice.value}"
         rows.append((choice.field, str(value) or "none", reason))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {reason}" for name, value, reason in rows)

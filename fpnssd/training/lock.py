@@ -26,7 +26,7 @@ def lock_run(name: str, resume: bool) -> Iterator[None]:
     """Reserves runs/NAME while the block runs; the processes of torchrun are one training.
 
     Raises:
-        InputError: if another process trains there; without `resume` if a run is there; with it if none is.
+        InputError: if another process trains there; without `resume` if the run exists; with `resume` if it does not.
     """
     folder, problem = Path("runs") / name, None
     with contextlib.ExitStack() as held:
@@ -37,7 +37,7 @@ def lock_run(name: str, resume: bool) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(_locked(folder / ".lock"))
                 if not resume and any((folder / file).exists() for file in (LAST, BEST)):
-                    raise InputError(f"{folder} has a run already: --resume continues it, --name starts another")
+                    raise InputError(f"{folder} has a run already: --resume continues it, --name NAME starts another")
             except InputError as error:
                 problem = str(error)
         problem = distributed.broadcast(problem)
@@ -48,10 +48,10 @@ def lock_run(name: str, resume: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Locks a file. InputError if another process has locked it; a note if the file system has no locks.
+    """Locks a file. Raises an InputError if another process holds the lock; prints a note if locks are not supported.
 
-    On POSIX systems a record lock: it ends with the process, however that dies, is not inherited by the loader's
-    workers, which may outlive it by seconds, and holds for all machines of a network file system that has locks.
+    On POSIX systems it is a record lock: it is released however the process ends, is not inherited by DataLoader
+    workers, which may outlive the process by seconds, and works across machines on network file systems with locks.
     """
     if fcntl is None:
         try:

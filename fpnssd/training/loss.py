@@ -163,8 +163,8 @@ def force_match(iou: Tensor) -> Tensor:
         prior = best_priors.flatten(1).gather(1, pair)
         exists = highest >= 0
         forced = torch.where(exists & (rows[..., 0] == row), prior, forced)
-        taken = (rows == row[..., None]) | (best_priors == prior[..., None])
-        best_iou = torch.where(taken & exists[..., None], -1.0, best_iou)
+        used = (rows == row[..., None]) | (best_priors == prior[..., None])
+        best_iou = torch.where(used & exists[..., None], -1.0, best_iou)
     return forced
 
 
@@ -247,11 +247,11 @@ def ohem_class_loss(
     """Cross-entropy of the positives and of each image's hardest negatives (SSD, section 2.2).
 
     Online hard example mining: an image uses max(negative_ratio * its positives, min_negatives) negatives, so that
-    images without objects teach background too.
+    images without objects contribute to the loss too.
     """
     losses = F.cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
     positive = labels > 0
-    # Sorted by loss, largest first; all but negatives count as 0 and so come last.
+    # Sorted by loss, largest first; all others than negatives are 0, and come last.
     negatives = torch.where(labels == 0, losses, 0).sort(dim=1, descending=True).values
     count = (negative_ratio * positive.sum(dim=1, keepdim=True)).clamp(min=min_negatives)
     rank = torch.arange(labels.shape[1], device=labels.device)

@@ -61,7 +61,7 @@ def synchronise_batch_norm(model: FPNSSD) -> None:
 
 
 def set_train_mode(model: FPNSSD) -> None:
-    """Training mode, except for frozen batch norm: its running statistics stay as they are too."""
+    """Puts the model into training mode, except frozen batch norm, whose running statistics must not change."""
     model.train()
     for module in model.backbone.modules():
         if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
@@ -74,10 +74,10 @@ def build_optimizer(model: FPNSSD, config: TrainConfig, lr: float) -> torch.opti
     Args:
         model: on its device.
         config: optimizer, backbone_lr_scale, weight_decay, momentum.
-        lr: of all but the backbone, whose rate is backbone_lr_scale times it. Each group keeps its own in "initial_lr".
+        lr: learning rate of all but the backbone, which has backbone_lr_scale times it. Groups keep it as "initial_lr".
 
     Returns:
-        The optimizer; weights decay, biases and norms do not.
+        The optimizer, with weight decay for weights, but not for biases and norms.
     """
     groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
@@ -141,14 +141,14 @@ def load_weights(model: FPNSSD, other: FPNSSD) -> str:
     rows = [("background", *other.config.classes).index(name) if name in other.config.classes else -1 for name in names]
     rows[0] = 0
     left_out = []
-    if other.config.backbone != model.config.backbone:  # its tensors and pixel statistics go together
+    if other.config.backbone != model.config.backbone:  # its tensors and pixel statistics belong together
         source = {name: tensor for name, tensor in source.items() if not name.startswith(("backbone.", "pixel_"))}
     for name, tensor in target.items():
-        given = source.get(name)
-        if given is not None and given.shape == tensor.shape and not name.startswith("class_heads."):
-            tensor.copy_(given)
-        elif given is not None and name.startswith("class_heads.") and _same_priors(name, model, other):
-            _copy_classes(tensor, given, rows)
+        loaded = source.get(name)
+        if loaded is not None and loaded.shape == tensor.shape and not name.startswith("class_heads."):
+            tensor.copy_(loaded)
+        elif loaded is not None and name.startswith("class_heads.") and _same_priors(name, model, other):
+            _copy_classes(tensor, loaded, rows)
         else:
             left_out.append(name)
     new = [name for name, row in zip(names, rows, strict=True) if row < 0]
@@ -172,9 +172,9 @@ def _copy_classes(tensor: torch.Tensor, source: torch.Tensor, rows: list[int]) -
     Args:
         tensor: (priors per cell * (C + 1), ...), written to.
         source: the same of the other detector, with its number of classes.
-        rows: for each class of `tensor` its index in `source`; -1 leaves it as it is.
+        rows: for each class of `tensor` its index in `source`; -1 leaves the class unchanged.
     """
     kept = torch.tensor([row >= 0 for row in rows])
     target = tensor.view(-1, len(rows), *tensor.shape[1:])
-    given = source.view(len(target), -1, *tensor.shape[1:])
-    target[:, kept] = given[:, [row for row in rows if row >= 0]]
+    source_classes = source.view(len(target), -1, *tensor.shape[1:])
+    target[:, kept] = source_classes[:, [row for row in rows if row >= 0]]

@@ -28,13 +28,13 @@ def draw_detections(
     columns: int = 4,
     side: int = 300,
 ) -> Image.Image:
-    """Images of a list, evenly spaced, with their detections, and in white the objects that are missed.
+    """Images of a list, evenly spaced, with their detections, and the missed objects in white.
 
     Args:
         data_list: the images and their objects.
         detections: of all its images.
         min_score: score threshold.
-        count: most images.
+        count: maximum number of images.
         columns: of the grid.
         side: of one image in it, in pixels.
     """
@@ -70,8 +70,8 @@ def missed_objects(data_list: DataList, index: int, boxes: torch.Tensor, labels:
         (n, 4) xyxy in pixels, without difficult objects and crowds.
     """
     target = data_list.target(index)
-    wanted = torch.from_numpy(~(target["difficult"] | target["crowd"]))
-    objects, classes = torch.from_numpy(target["boxes"])[wanted], torch.from_numpy(target["labels"])[wanted]
+    counted = torch.from_numpy(~(target["difficult"] | target["crowd"]))
+    objects, classes = torch.from_numpy(target["boxes"])[counted], torch.from_numpy(target["labels"])[counted]
     overlaps = (box_iou(objects, boxes.float()) >= 0.5) & (classes[:, None] == labels)
     return objects[~overlaps.any(dim=1)]
 

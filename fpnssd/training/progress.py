@@ -19,7 +19,7 @@ from fpnssd.training.distributed import is_main
 from fpnssd.training.pictures import SHEET_IMAGES, draw_curves, draw_detections
 from fpnssd.training.time_plan import TimePlan
 
-LINE_SECONDS = 30  # between lines where there is no terminal
+LINE_SECONDS = 30  # between lines if stderr is not a terminal
 
 
 class ProgressLogger:
@@ -41,20 +41,21 @@ class ProgressLogger:
         if is_main() and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
-            self.board = SummaryWriter(folder, purge_step=step + 1)  # drops what a killed process wrote beyond it
+            self.board = SummaryWriter(folder, purge_step=step + 1)  # drops later steps of a killed process
 
     def steps(self, batches: Iterable[Any], state: TrainState, total: int, done: int) -> Iterator[Any]:
-        """Yields the batches of an epoch, with a bar, and measures the time that is spent waiting for them.
+        """Yields the batches of an epoch, with a progress bar, and measures the time spent waiting for them.
 
         Args:
             batches: those that are left of the epoch.
             state: its step and seconds at the start of the epoch.
             total: steps of an epoch.
-            done: of these, the steps that were done before a resume.
+            done: number of these that were done before a resume.
         """
         self.started, self.waited, self.seconds = time.perf_counter(), 0.0, state.seconds
         self.first_step = self.shown = state.step
-        title, hidden = f"epoch {len(state.log) + 1}", None if is_main() else True  # None: where stderr is no terminal
+        title = f"epoch {len(state.log) + 1}"
+        hidden = None if is_main() else True  # None: hidden if stderr is not a terminal
         with tqdm(total=total, initial=done, desc=title, leave=False, disable=hidden) as self.bar:
             iterator = iter(batches)
             while True:
@@ -75,7 +76,7 @@ class ProgressLogger:
         }
 
     def log(self, state: TrainState) -> None:
-        """Shows the epoch's mean losses, the pace and the time that is left."""
+        """Shows the epoch's mean losses, the pace and the remaining time."""
         if not is_main():
             return
         losses, pace = state.means(), self.pace(state)

@@ -27,7 +27,7 @@ Lists = tuple[DataList, DataList | None]  # training and evaluation list, None w
 
 
 def load_lists(config: TrainConfig) -> Lists:
-    """The training list and the evaluation list; None for that if config.val_split is empty.
+    """The training list and the evaluation list, which is None if config.val_split is empty.
 
     Raises:
         DataError: if their classes differ, or the training list has too few images or no objects.
@@ -61,7 +61,7 @@ def make_train_loader(
 def make_model(config: TrainConfig, train_list: DataList, resume: bool) -> FPNSSD:
     """The network with its initial weights: pretrained backbone weights, or those of the detector config.weights."""
     torch.manual_seed(config.seed)
-    # A run that is resumed has its weights, and so has one that starts from a detector of the same backbone.
+    # A resumed run has weights already, and so has a run that starts from a detector with the same backbone.
     other = load_checkpoint(config.weights)["model"] if config.weights and not resume else None
     has_backbone = resume or (other is not None and other.config.backbone == config.backbone)
     shape = {
@@ -104,13 +104,14 @@ def format_settings(
     products = f" with {fast} products" if config.tf32 and config.precision == "fp32" and fast else ""
     num_val = "none" if lists[1] is None else len(lists[1])
     epochs = f"{config.epochs} epochs" if not config.minutes else f"{config.minutes:g} minutes, epochs"
+    lr = scaled_lr(config, step_images)
+    scaled = f" (scaled from {config.lr:g} for {config.nominal_batch} images per step)" if lr != config.lr else ""
     lines = [
         f"runs/{config.name}: {config.backbone}, {num_parameters / 1e6:.1f} M parameters, {len(lists[0])} images for "
         f"training, {num_val} for evaluation, {len(lists[0].classes)} classes; {count} x {device.type}, "
         f"{config.precision}{products}",
         f"{epochs} of {len(lists[0]) * config.repeats // step_images} steps of {step_images} images ({sizes[0]} x "
-        f"{count} processes x {sizes[1]} accumulated), lr {scaled_lr(config, step_images):g} (lr {config.lr:g}, "
-        f"defined for {config.nominal_batch} images per step)",
+        f"{count} processes x {sizes[1]} accumulated), lr {lr:g}{scaled}",
         *_changed_fields(config),
     ]
     augment = config.augment
@@ -138,9 +139,9 @@ def _changed_fields(config: TrainConfig) -> list[str]:
 
 
 def _flat(values: dict) -> dict:
-    """A configuration with dotted names for the fields of the dataclass within it, as --set takes them."""
+    """A configuration as a flat dict, with dotted names for the fields of nested dataclasses, as in --set."""
     nested = {
-        f"{name}.{key}": one for name, part in values.items() if isinstance(part, dict) for key, one in part.items()
+        f"{name}.{key}": entry for name, part in values.items() if isinstance(part, dict) for key, entry in part.items()
     }
     return {name: value for name, value in values.items() if not isinstance(value, dict)} | nested
 
@@ -162,7 +163,7 @@ def format_end(config: TrainConfig, folder: Path, best: float | None, log: list[
 
 
 def format_epoch(row: dict, epochs: int | None) -> str:
-    """One line on an epoch's row of the log; epochs: of the training, None where a limit of time decides."""
+    """One line for an epoch's row of the log; `epochs` is their number, None under a time limit."""
     losses = [f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
     of = f"/{epochs}" if epochs is not None else ""
     text = f"epoch {row['epoch']}{of}: {', '.join(losses)}, {row['images_per_s']:.1f} images/s, "

@@ -1,4 +1,4 @@
-"""How much of a training is done, counted in steps and, with a limit of minutes, in time."""
+"""The share of a training that is done, in steps or, with a time limit, in time."""
 
 import math
 import os
@@ -7,17 +7,18 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-# Steps that the pace is taken from. A GPU is waited for every log_every (20) steps only, so fewer would mislead there.
+# Number of steps over which the pace is measured. The host waits for a GPU only every log_every (20) steps.
 RECENT = 20
-# What evaluation and files after the last step take, in the time of a training step for one image (2 cores of an Intel
-# Xeon, lite, 72 images: 8 s where a training image takes 0.14 s). Without evaluation it is the END_SECONDS alone.
+# Estimated cost of the evaluation and the files after the last step: END_SECONDS, and with an evaluation the time of
+# END_IMAGES training images and of EVALUATED_IMAGE per image (lite on 2 cores of an Intel Xeon: 8 s for 72 images,
+# 0.14 s per training image).
 END_IMAGES, EVALUATED_IMAGE, END_SECONDS = 40, 0.5, 3.0
 
 
 def process_start() -> float:
     """time.monotonic() at the start of this process; imports take seconds of it.
 
-    Known on Linux. Elsewhere the processor time so far is a lower bound of what has passed.
+    Exact on Linux. Elsewhere it is computed from the CPU time so far, a lower bound of the elapsed time.
     """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -31,10 +32,10 @@ class TimePlan:
     """The share of a training that is done, for the learning rate and for its end.
 
     Without a limit it is the share of steps. With one it is the larger of the shares of steps and of time, so that the
-    schedule stretches or shrinks with the pace of the machine and the rate still falls to zero.
+    schedule adapts to the speed of the machine and the learning rate still falls to zero.
 
     Args:
-        num_steps: of the whole training; with a limit, the most.
+        num_steps: of the whole training; with a limit, the maximum.
         step_images: images of a step, over all processes.
         minutes: limit, from the start of the process to the last file written; 0 for none.
         used: seconds that the training took before a resume.
@@ -72,17 +73,17 @@ class TimePlan:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether a limit ends the training here."""
+        """Whether the time limit ends the training here."""
         return self.limit < math.inf and self.done >= 1
 
     def begin(self, step: int) -> None:
-        """Starts to measure the pace, at the start of an epoch: the time of an evaluation is not that of steps."""
+        """Restarts the measurement of the pace at the start of an epoch, to exclude the evaluation before it."""
         self.recent.clear()
         self.recent.append((step, self.clock()))
         self.done = max(self.done, step / self.num_steps, self._share_of_time())
 
     def advance(self, step: int) -> float:
-        """The share that is done after `step` steps, never less than before; 1 where no further step fits the limit."""
+        """The share that is done after `step` steps, which never decreases; 1 if no further step fits the limit."""
         self.recent.append((step, self.clock()))
         last = self.elapsed + self.stride * self.step_seconds > self.limit - self.end_seconds
         self.done = 1.0 if last else max(self.done, step / self.num_steps, self._share_of_time())
@@ -99,7 +100,7 @@ class TimePlan:
 
     @property
     def end_seconds(self) -> float:
-        """An estimate, at the recent pace, of what the evaluation and the files after the last step will take."""
+        """Estimated duration, at the recent pace, of the evaluation and the files after the last step."""
         images = END_IMAGES + EVALUATED_IMAGE * self.end_images if self.end_images else 0
         return END_SECONDS + images * self.step_seconds / self.step_images
 
@@ -108,13 +109,13 @@ class TimePlan:
         return step / self.done if self.done > step / self.num_steps and step else self.num_steps
 
     def seconds_left(self, step: int) -> float:
-        """Of the whole training, its end included."""
+        """Estimated remaining seconds of the training, evaluation included."""
         if self.limit < math.inf and self.done > step / self.num_steps:
             return max(0.0, self.limit - self.elapsed)
         return (self.num_steps - step) * self.step_seconds + self.end_seconds
 
     def format_total(self) -> str:
-        """What follows the number of a step: the number of all, where it is known."""
+        """ "/N" for N steps in all, to follow the number of a step; "" under a time limit."""
         return f"/{self.num_steps}" if self.limit == math.inf else ""
 
     def format_estimate(self, step: int) -> str:
