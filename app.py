@@ -8,13 +8,13 @@ elsewhere. Moving a slider does not run the network again: the outputs for the l
 
     GET  /                              the page (fpnssd/inference/page.html, .css, .js)
     POST /detect                        picture as the body -> detections as JSON; nothing is kept
-    POST /pictures                      the same, and the outputs are kept under a random id for these:
+    POST /pictures                      the same, and the outputs are kept under a random id, for:
     GET  /pictures/ID/detections.json   decoded again with other thresholds
     GET  /pictures/ID/annotated.jpg     the picture with its detections drawn, at full size
     GET  /pictures/ID/preview.jpg       the picture alone, small
-    GET  /about.json, /examples/NUMBER  what the page shows at first
+    GET  /about.json, /examples/NUMBER  the initial content of the page
 
-All that return detections take min_score, max_overlap, top_k and suppress (class names, with commas between).
+Requests that return detections take min_score, max_overlap, top_k and suppress (class names, with commas between).
 Errors are {"error": message} with a 4xx status.
 """
 
@@ -43,7 +43,7 @@ from fpnssd.inference.detector import RUNTIMES, Detections, Detector, load_detec
 from fpnssd.inference.draw import annotate, class_colour
 from fpnssd.inference.http_server import Bodies, Guard, Kept, listen, make_server
 from model import DEFAULT_CHECKPOINT, DETECTION
-from utils import InputError, error_message, whole_number
+from utils import HelpFormatter, InputError, error_message, whole_number
 
 PAGE_FILES = Path(__file__).parent / "fpnssd" / "inference"
 PREVIEW_SIDE = 1280  # longer side of the picture on the page, in pixels
@@ -64,7 +64,7 @@ class Limits:
 
     file_bytes: int = 20 * 10**6  # of one picture
     pixels: int = 50 * 10**6  # of one picture
-    decoding_bytes: int = 270 * 10**6  # that decoding one picture takes: some formats need more for each pixel
+    decoding_bytes: int = 270 * 10**6  # memory to decode one picture: some formats need more per pixel
     at_once: int = 2  # pictures decoded at a time: the network runs on one while another is read
     bodies: int = 64  # requests whose body is in memory
     body_seconds: float = 30.0  # in which a body has to arrive
@@ -81,27 +81,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = Limits(args.max_mb * 10**6, args.max_megapixels * 10**6)
     app = build_app(Service(detector, limits), [*OWN_NAMES, args.host, *args.allowed_host])
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+    print(f"http://{host}:{listener.getsockname()[1]} (Ctrl-C to stop)", flush=True)
     make_server(app).run(sockets=[listener])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
-    parser.add_argument("--port", type=whole_number(0), default=7860, help="0 takes a free one")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="checkpoint, or exported .onnx or .xml file")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 admits other machines, without a password")
+    parser.add_argument("--port", type=whole_number(0), default=7860, help="0 chooses a free port")
     parser.add_argument(
         "--allowed-host", metavar="NAME", nargs="+", default=[],
-        help="further names or addresses under which browsers reach it: this machine's, or a proxy's",
+        help="host names or addresses that browsers use besides --host: of this machine or a proxy",
     )  # fmt: skip
     parser.add_argument(
         "--max-mb", type=whole_number(1), default=20, help="largest file accepted, in millions of bytes"
     )
     parser.add_argument("--max-megapixels", type=whole_number(1), default=50, help="largest picture accepted")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--runtime", default="auto", choices=RUNTIMES)
+    parser.add_argument("--runtime", default="auto", choices=RUNTIMES, help="onnx and openvino need an exported file")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     args = parser.parse_args(argv)
     if args.max_megapixels * 10**6 > MAX_PIXELS:
@@ -127,7 +125,7 @@ def build_app(service: "Service", names: Sequence[str] = OWN_NAMES) -> Guard:
         InputError: lambda _, error: JSONResponse({"error": error_message(error)}, 400),
         HTTPException: lambda _, error: JSONResponse({"error": error.detail}, error.status_code, error.headers),
         MemoryError: lambda *_: JSONResponse({"error": "not enough memory for this picture"}, 503),
-        ClientDisconnect: lambda *_: Response(status_code=400),  # which nobody reads
+        ClientDisconnect: lambda *_: Response(status_code=400),  # the client does not receive it
     }
     return Guard(Starlette(routes=routes, exception_handlers=errors), names)
 
@@ -225,7 +223,7 @@ class Service:
         """Arguments for `decode` from a query; InputError for what is out of bounds or unknown."""
         query, thresholds = request.query_params, {}
         if unknown := sorted(set(query) - {*THRESHOLDS, "suppress", *others}):
-            raise InputError(f"unknown parameter {unknown[0][:40]!r}; there are {', '.join([*THRESHOLDS, 'suppress'])}")
+            raise InputError(f"unknown parameter {unknown[0][:40]!r}; known are {', '.join([*THRESHOLDS, 'suppress'])}")
         for name, (kind, default, least, most) in THRESHOLDS.items():
             try:
                 value = thresholds[name] = kind(query.get(name, default))
@@ -237,7 +235,7 @@ class Service:
         texts = query.getlist("suppress")  # each a class, whose name may have commas, or several with commas between
         names = [name for text in texts for name in ([text] if text in classes else text.split(",")) if name]
         if unknown := [name[:40] for name in names if name not in classes]:
-            raise InputError(f"cannot suppress {unknown[0]}: the model knows {', '.join(classes)}")
+            raise InputError(f"cannot suppress {unknown[0]}: the classes are {', '.join(classes)}")
         return {**thresholds, "suppress": names}
 
 
@@ -254,12 +252,12 @@ def to_jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def example_pictures() -> list[Path]:
-    """Photographs under free licences that scikit-image carries, if it is installed."""
+    """Photographs under free licences from scikit-image, if it is installed."""
     spec = find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec and spec.origin else Path()
     return [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png") if (folder / name).is_file()]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as SIGTERM does: no traceback, no slow teardown
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C acts as SIGTERM does: no traceback, no slow teardown
     main()

@@ -1,6 +1,6 @@
-"""Detect objects in millions of pictures, on the cores of this machine or on a Ray cluster: Parquet with a row each.
+"""Detect objects in millions of pictures, on this machine or on a Ray cluster; writes Parquet, a row per picture.
 
-    python bulk_detect.py --images archive/ --out found/        # stopped, the same command goes on with what is left
+    python bulk_detect.py --images archive/ --out found/        # if it was stopped, the same command continues
     python bulk_detect.py --images list.txt "more/*.jpg" --out found/ --concurrency 2 --cpus-per-worker 4
     python bulk_detect.py --images s3://bucket/photos --out s3://bucket/found --address auto --gpus-per-worker 1
 
@@ -24,12 +24,20 @@ from fpnssd.inference.addresses import list_addresses
 from fpnssd.inference.bulk import ResultFolder, Worker
 from fpnssd.inference.detector import check_thresholds, load_detector
 from model import DEFAULT_CHECKPOINT, DETECTION
-from utils import InputError, check_outputs, error_message, escape_unprintable, hash_file, whole_number
+from utils import (
+    HelpFormatter,
+    InputError,
+    check_outputs,
+    error_message,
+    escape_unprintable,
+    hash_file,
+    whole_number,
+)
 
-LOCAL_STORE = 256 * 2**20  # bytes of shared memory for a local Ray: addresses and rows alone pass through it
-BLOCK_BATCHES = 16  # batches of a block: the unit that Ray gives to a worker, and repeats if the worker dies
-RETRIES = 3  # of a block whose worker dies
-MAX_ERRORED_BLOCKS = 100  # more failing blocks end the run: then it is not because of a few pictures
+LOCAL_STORE = 256 * 2**20  # bytes of shared memory for a local Ray: it holds only addresses and rows
+BLOCK_BATCHES = 16  # batches per block, the unit of work that Ray assigns, and repeats if the worker dies
+RETRIES = 3  # per block whose worker dies
+MAX_ERRORED_BLOCKS = 100  # more failed blocks end the run: a few bad pictures cannot be the cause
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_thresholds(args.min_score, args.max_overlap, args.top_k)
         import_ray()
         check_outputs([("detections", Path(args.out) / "part-0.parquet")] if "://" not in args.out else [], args.images)
-        load_detector(args.checkpoint, "cpu")  # here its errors are clear; in a worker they are Ray's
+        load_detector(args.checkpoint, "cpu")  # raises errors here, where they are clear, and not in a worker
         with ResultFolder(args.out, settings_of(args)) as result:
             left = result.left(list_addresses(args.images))
             seconds = run(left, result, args) if len(left) else 0.0
@@ -47,32 +55,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, OSError) as error:
         sys.exit(f"bulk_detect: {error_message(error)}")
     except KeyboardInterrupt:
-        sys.exit("bulk_detect: stopped; the same command goes on with the pictures that are left")
+        sys.exit("bulk_detect: stopped; the same command continues with the remaining pictures")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
         "--images",
         nargs="+",
         required=True,
         metavar="ADDRESS",
-        help="folders, globs, text files of addresses, Parquet files of addresses or bytes; local, s3:// or gs://",
+        help="folders, globs, text files of addresses, Parquet files of addresses or images; local, s3:// or gs://",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="of Parquet files; local, s3:// or gs://")
-    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
-    parser.add_argument("--address", default="local", help="of a Ray cluster; local starts Ray on this machine alone")
-    parser.add_argument("--concurrency", type=whole_number(1), help="workers (one for each GPU, else for each core)")
-    parser.add_argument("--cpus-per-worker", type=whole_number(1), default=1, help="cores of a worker")
     parser.add_argument(
-        "--gpus-per-worker", type=float, help="may be a fraction; 0 is the CPU (1 if there is one here)"
+        "--out", required=True, metavar="FOLDER", help="folder for the Parquet files; local, s3:// or gs://"
+    )
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="checkpoint, or exported .onnx or .xml file")
+    parser.add_argument("--address", default="local", help="address of a Ray cluster; local starts Ray on this machine")
+    parser.add_argument("--concurrency", type=whole_number(1), help="number of workers (default: as many as fit)")
+    parser.add_argument("--cpus-per-worker", type=whole_number(1), default=1, help="CPU cores per worker")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, help="may be a fraction; 0 uses the CPU (default: 1 if there is a GPU here)"
     )
     parser.add_argument("--min-score", type=float, default=DETECTION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=DETECTION.max_overlap, help="NMS IoU threshold")
-    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="most objects per image")
-    parser.add_argument("--batch-size", type=whole_number(1), default=8, help="images in the network at a time")
+    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="maximum detections per image")
+    parser.add_argument("--batch-size", type=whole_number(1), default=8, help="images per forward pass")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     args = parser.parse_args(argv)
     if args.gpus_per_worker is None:
@@ -81,7 +89,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def import_ray() -> None:
-    """Imports Ray, with some settings; raises InputError where it or pyarrow is not installed."""
+    """Imports Ray with suitable settings; raises an InputError if it or pyarrow is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the default is too short for a busy machine
     try:
@@ -92,24 +100,24 @@ def import_ray() -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides on the detections: the rows of one --out have it in common."""
+    """The settings that determine the detections; all rows of one --out share them."""
     names = ("min_score", "max_overlap", "top_k", "precision")
     return {"checkpoint_sha256": hash_file(args.checkpoint)} | {name: getattr(args, name) for name in names}
 
 
 def run(left: Any, result: ResultFolder, args: argparse.Namespace) -> float:
-    """Detects in the pictures of some addresses, and writes their rows.
+    """Detects objects in the pictures at these addresses, and writes their rows.
 
     Args:
         left: pyarrow array of addresses.
-        result: gets the rows, also those before an error or Ctrl-C.
+        result: receives the rows, also those before an error or Ctrl-C.
         args: of the command line.
 
     Returns:
-        Seconds that it took, Ray's start included.
+        Elapsed seconds, including the start of Ray.
 
     Raises:
-        InputError: if workers cannot be started, or if there are pictures that end their worker each time.
+        InputError: if workers cannot be started, or pictures whose worker died each time are left.
         OSError: if rows cannot be written.
     """
     import ray  # optional
@@ -117,7 +125,7 @@ def run(left: Any, result: ResultFolder, args: argparse.Namespace) -> float:
     begin = time.monotonic()
     with ray_session(args) as workers:
         try:
-            # Where a worker died with its block each time, its pictures are tried one by one.
+            # The pictures of a block whose worker died each time are then tried one by one.
             for block_rows in (args.batch_size * BLOCK_BATCHES, 1):
                 for rows in detections(left, block_rows, workers, args):
                     result.add(rows)
@@ -130,34 +138,34 @@ def run(left: Any, result: ResultFolder, args: argparse.Namespace) -> float:
         finally:
             result.write()
     raise InputError(
-        f"{len(left)} pictures have no row, the first is {left[0]}: their workers ended {RETRIES + 1} times. The same "
+        f"{len(left)} pictures have no row, the first is {left[0]}: their workers died {RETRIES + 1} times. The same "
         "command tries them again"
     )
 
 
 @contextlib.contextmanager
 def ray_session(args: argparse.Namespace) -> Iterator[int]:
-    """Connects to Ray, or starts it on this machine, for a with block; yields how many workers there will be."""
+    """Connects to Ray, or starts it on this machine, for a with block; yields the number of workers."""
     import ray  # optional
 
     local: dict[str, Any] = {}
     if args.address == "local":
         cpus = args.concurrency * args.cpus_per_worker if args.concurrency else None
         local = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": LOCAL_STORE}
-    # Workers on other machines find this code, and the pictures' relative paths, where they are on this one.
+    # Workers on other machines need this code and the pictures' relative paths at the same place as here.
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
     try:
         ray.init(args.address, runtime_env=environment, **local)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         ray.shutdown()
         raise InputError(f"Ray did not start: {error_message(error)}") from error
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, in place of Ray's own handler
     try:
-        there = ray.cluster_resources()
-        wanted = {"CPU": args.cpus_per_worker, "GPU": args.gpus_per_worker}
-        fitting = min(int(there.get(name, 0) / number) for name, number in wanted.items() if number)
+        available = ray.cluster_resources()
+        per_worker = {"CPU": args.cpus_per_worker, "GPU": args.gpus_per_worker}
+        fitting = min(int(available.get(name, 0) / number) for name, number in per_worker.items() if number)
         if not (args.concurrency or fitting):
-            names = ", ".join(f"{there.get(name, 0):g} {name}" for name in wanted)
+            names = ", ".join(f"{available.get(name, 0):g} {name}" for name in per_worker)
             raise InputError(f"no worker fits, Ray has {names}: lower --cpus-per-worker or --gpus-per-worker")
         yield args.concurrency or fitting
     finally:
@@ -171,7 +179,7 @@ def detections(left: Any, block_rows: int, workers: int, args: argparse.Namespac
     Args:
         left: pyarrow array of addresses.
         block_rows: addresses in a block.
-        workers: how many.
+        workers: number of workers.
         args: of the command line.
     """
     import pyarrow as pa  # optional
@@ -181,7 +189,7 @@ def detections(left: Any, block_rows: int, workers: int, args: argparse.Namespac
     blocks = [pa.table({"address": left.slice(start, block_rows)}) for start in range(0, len(left), block_rows)]
     thresholds = {"min_score": args.min_score, "max_overlap": args.max_overlap, "top_k": args.top_k}
     device = "cuda" if args.gpus_per_worker else "cpu"
-    warnings.filterwarnings("ignore", ".*ray_remote_args.*")  # max_task_retries has no other place
+    warnings.filterwarnings("ignore", ".*ray_remote_args.*")  # there is no other way to set max_task_retries
     dataset = ray.data.from_arrow(blocks).map_batches(
         Worker,
         fn_constructor_args=(
@@ -201,14 +209,14 @@ def format_summary(result: ResultFolder, seconds: float) -> str:
     """The summary of a result as text.
 
     Args:
-        result: all rows are counted.
-        seconds: that this run took for its rows.
+        result: the result, of which all rows are counted.
+        seconds: duration of this run.
     """
     counts = result.summary()
     pace = f" ({result.written} of them now, {result.written / seconds:.1f} a second)" if result.written else ""
     lines = [f"{result.address}: {counts['pictures']} pictures{pace}"]
     for name, counter in (("failed", counts["errors"]), ("objects", counts["objects"])):
-        lines += [f"{sum(counter.values())} {name}", *(f"  {count} {one}" for one, count in counter.most_common())]
+        lines += [f"{sum(counter.values())} {name}", *(f"  {count} {kind}" for kind, count in counter.most_common())]
     return "\n".join(lines)
 
 

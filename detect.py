@@ -42,7 +42,7 @@ from fpnssd.inference.inputs import Source, find_sources, unused_name
 from fpnssd.inference.outputs import OutputPaths, Outputs
 from fpnssd.inference.video import Video, write_video
 from model import DEFAULT_CHECKPOINT, DETECTION, FPNSSD, last_loaded_model, load_checkpoint
-from utils import InputError, error_message, escape_unprintable, whole_number
+from utils import HelpFormatter, InputError, error_message, escape_unprintable, whole_number
 
 __all__ = ["Detections", "Detector", "annotate", "detect", "load_detector", "predict"]
 
@@ -69,10 +69,10 @@ def detect(
         image: a path, PIL image, bytes, RGB array or tensor (see fpnssd.data.images.load_image). It is not changed.
         min_score: score threshold: detections score above it.
         max_overlap: NMS IoU threshold within a class.
-        top_k: most detections.
-        suppress: names of classes to leave out.
-        model: an FPNSSD or a Detector. Without it the model last loaded in this process, else the one that ships; which
-            one is printed to stderr when it changes.
+        top_k: maximum number of detections.
+        suppress: names of classes that are not detected.
+        model: an FPNSSD or a Detector. Without it, the model last loaded in this process, or else the shipped one; a
+            change of the model is printed to stderr.
 
     Returns:
         An annotated RGB copy of the image, upright.
@@ -99,8 +99,8 @@ def predict(
         images: an image, or a list or tuple of images, in any form that detect takes.
         min_score: score threshold.
         max_overlap: NMS IoU threshold within a class.
-        top_k: most detections per image.
-        suppress: names of classes to leave out.
+        top_k: maximum number of detections per image.
+        suppress: names of classes that are not detected.
         model: an FPNSSD or a Detector; None as in detect.
 
     Returns:
@@ -161,37 +161,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="files, folders (with those inside of them), globs, videos, camera:0, - for standard input",
+        help="image files, folders (searched recursively), globs, videos, camera:0, - for standard input",
     )
-    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="or an exported .onnx or .xml file")
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="checkpoint, or exported .onnx or .xml file")
     parser.add_argument("--out", default="detected_img", help="folder for the annotated copies")
-    parser.add_argument("--no-pictures", action="store_true", help="write no annotated copies")
-    parser.add_argument("--json", metavar="FILE", help="write a line of JSON for each image; - is standard output")
+    parser.add_argument("--no-pictures", action="store_true", help="do not write annotated copies")
+    parser.add_argument("--json", metavar="FILE", help="write a line of JSON per image; - for standard output")
     parser.add_argument(
         "--coco",
         metavar="FILE",
-        help="write the COCO results format; image ids count the inputs, then the video frames",
+        help="write COCO results; image ids number the inputs from 1, then the video frames",
     )
-    parser.add_argument("--voc-xml", metavar="FOLDER", help="write VOC annotations, a file for each image")
-    parser.add_argument("--yolo", metavar="FOLDER", help="write YOLO text, a file for each image, scores last")
-    parser.add_argument("--yolo-columns", type=int, choices=(5, 6), default=6, help="5 leaves the scores out")
-    parser.add_argument("--crops", metavar="FOLDER", help="write each object cut out, in a folder for each class")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
-    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="detect only these")
-    parser.add_argument("--suppress", nargs="+", default=[], metavar="NAME", help="leave these classes out")
+    parser.add_argument("--voc-xml", metavar="FOLDER", help="write VOC annotations, one XML file per image")
+    parser.add_argument("--yolo", metavar="FOLDER", help="write YOLO labels, one text file per image")
+    parser.add_argument(
+        "--yolo-columns", type=int, choices=(5, 6), default=6, help="6 adds the score as the last column"
+    )
+    parser.add_argument("--crops", metavar="FOLDER", help="write a crop of each object, in a folder per class")
+    parser.add_argument("--overwrite", action="store_true", help="also replace files that this program did not write")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="detect only these classes")
+    parser.add_argument("--suppress", nargs="+", default=[], metavar="NAME", help="do not detect these classes")
     parser.add_argument("--min-score", type=float, default=DETECTION.min_score, help="score threshold")
     parser.add_argument("--max-overlap", type=float, default=DETECTION.max_overlap, help="NMS IoU threshold")
-    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="most objects per image")
-    parser.add_argument("--batch-size", type=whole_number(1), default=8, help="images in the network at a time")
+    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="maximum detections per image")
+    parser.add_argument("--batch-size", type=whole_number(1), default=8, help="images per forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--runtime", default="auto", choices=RUNTIMES, help="onnx and openvino run exported files")
+    parser.add_argument("--runtime", default="auto", choices=RUNTIMES, help="onnx and openvino need an exported file")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     return parser.parse_args(argv)
 
@@ -207,18 +207,18 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
     )
 
 
-def classes_to_suppress(wanted: Sequence[str], suppressed: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """The classes to leave out: the suppressed ones and, if any are wanted, all others."""
-    unknown = sorted({*wanted, *suppressed} - set(classes))
+def classes_to_suppress(selected: Sequence[str], suppressed: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The classes not to detect: the suppressed ones and, if any are selected, all others."""
+    unknown = sorted({*selected, *suppressed} - set(classes))
     if unknown:
         raise InputError(f"unknown class {', '.join(unknown)}: the model has {', '.join(classes)}")
-    return sorted({name for name in classes if name in suppressed or (wanted and name not in wanted)})
+    return sorted({name for name in classes if name in suppressed or (selected and name not in selected)})
 
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
     """In the with block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end a run in the same way."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -235,7 +235,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 def run(sources: Sequence[Source], predict_fn: PredictFn, outputs: Outputs, batch_size: int) -> None:
     """Writes the detections of all inputs: of the images, then of the videos.
 
-    An input that fails at any stage is printed and counted, and the others go on. Ctrl-C in a video finishes its file.
+    A failure in one input is printed and counted, and does not stop the others. Ctrl-C in a video completes its output.
 
     Raises:
         KeyboardInterrupt: at Ctrl-C, unless it was in the last video.
@@ -249,11 +249,11 @@ def run(sources: Sequence[Source], predict_fn: PredictFn, outputs: Outputs, batc
             progress.update(len(batch))
 
     videos = [source for source in sources if source.is_video]
-    taken = {str(source.name.with_suffix("")).casefold() for source in sources}
+    used_names = {str(source.name.with_suffix("")).casefold() for source in sources}
     frame_ids = itertools.count(len(sources) + 1)
     for number, source in enumerate(videos, start=1):
         with outputs.failures_of(source.path):
-            stopped = detect_in_video(source, predict_fn, outputs, batch_size, taken, frame_ids)
+            stopped = detect_in_video(source, predict_fn, outputs, batch_size, used_names, frame_ids)
             if stopped and number < len(videos):
                 raise KeyboardInterrupt
 
@@ -275,7 +275,7 @@ def predict_each(
     try:
         if batch:
             results = predict_fn([image for _, image in batch], [source.path for source, _ in batch])
-    except Exception as error:  # of one image's values, or of a device's memory
+    except Exception as error:  # caused by the values of one image, or by the device's memory
         if len(batch) == 1:
             outputs.fail(batch[0][0].path, error)
         else:
@@ -291,18 +291,19 @@ def detect_in_video(
     predict_fn: PredictFn,
     outputs: Outputs,
     batch_size: int,
-    taken: set[str],
+    used_names: set[str],
     frame_ids: Iterator[int],
 ) -> bool:
-    """Writes the detections of each frame, and an annotated video. What was written before the video proves damaged,
-    or before Ctrl-C, is kept.
+    """Writes the detections of each frame, and an annotated video.
+
+    If the video is damaged or Ctrl-C stops it, the results of the frames before that are kept.
 
     Args:
         source: a video or camera.
         predict_fn: called with the frames of a batch and their names.
         outputs: where the detections are written.
         batch_size: frames per batch.
-        taken: names of other outputs, which frames do not use.
+        used_names: names of other outputs, which frames must not use.
         frame_ids: image ids for the COCO results.
 
     Returns:
@@ -321,7 +322,7 @@ def detect_in_video(
                 for (number, image, time), detections in zip(batch, frames.predict(batch, predict_fn), strict=False):
                     if write_frame:
                         write_frame(annotate(image, detections), time)
-                    name = unused_name(source.name.with_name(f"{source.name.stem}_{number:06d}.jpg"), taken)
+                    name = unused_name(source.name.with_name(f"{source.name.stem}_{number:06d}.jpg"), used_names)
                     frame = {"frame": number, "seconds": float(time * video.time_base)}
                     outputs.write(name, image, detections, next(frame_ids), frame)
                 progress.update(len(batch))
@@ -338,8 +339,8 @@ class Frames:
     """The frames of a video, up to its end, an error or Ctrl-C: iterates over (number from 1, image, time).
 
     Attributes:
-        error: what ended it, if it was an error.
-        stopped: whether it was Ctrl-C. The frames read before it still come.
+        error: the error that ended the iteration, if any.
+        stopped: whether Ctrl-C ended it. The frames read before are still processed.
     """
 
     def __init__(self, video: Video) -> None:
@@ -358,7 +359,7 @@ class Frames:
             self.error = error
 
     def predict(self, batch: Sequence[tuple[int, Image.Image, int]], predict_fn: PredictFn) -> list[Detections]:
-        """Detections of a batch of frames; none, and the end of the video, if that fails."""
+        """Detections of a batch of frames; a failure is stored in `error` and ends the video without them."""
         try:
             return predict_fn([image for _, image, _ in batch], [self.video.source] * len(batch))
         except Exception as error:

@@ -7,9 +7,9 @@
     python export.py runs/lite/last.pth.tar --to fp16              # runs/lite/last_fp16.pth.tar, half the size
     python eval.py runs/lite/best.xml --data data/vocreal                      # detect.py takes it too
 
-An fp16 checkpoint lacks what resuming needs. The other files take uint8 images (B, 3, S, S), any batch size, and return
-offsets (B, P, 4) and logits (B, P, C + 1): normalisation is inside, decoding is model.postprocess. They carry the
-configuration, and need the extra `deploy`: pip install -e '.[deploy]'
+An fp16 checkpoint cannot be resumed. The other files take uint8 images (B, 3, S, S), any batch size, and return offsets
+(B, P, 4) and logits (B, P, C + 1): they include the normalisation, but not the decoding, which is model.postprocess.
+Their metadata holds the configuration. They need the extra `deploy`: pip install -e '.[deploy]'
 """
 
 import argparse
@@ -42,10 +42,10 @@ from model import (
     postprocess,
     save_checkpoint,
 )
-from utils import InputError, atomic_write, check_outputs, error_message, hash_file, whole_number
+from utils import HelpFormatter, InputError, atomic_write, check_outputs, error_message, hash_file, whole_number
 
 CALIBRATION_IMAGES = 300
-KEPT = ("train_config", "num_images", "list_hash", "versions")  # by fp16, of what a checkpoint holds beside the model
+FP16_FIELDS = ("train_config", "num_images", "list_hash", "versions")  # that an fp16 checkpoint has beside the model
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.decode:
             path = exported_path(args.out or args.checkpoint, "onnx", "_detect")
             plain = exported_path(args.out or args.checkpoint, "onnx") if "onnx" in args.to else path
-            if plain == path:  # --to does not name the one without
+            if plain == path:  # the file without decoding was not written above
                 export_onnx(args.checkpoint, plain)
             export_with_decoding(plain, path, args.top_k)
             images = sample_images(original, data_list, args.count)
@@ -82,23 +82,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("checkpoint")
-    parser.add_argument("--to", nargs="+", choices=(*SUFFIXES, "fp16"), default=["onnx"], help="forms")
-    parser.add_argument("--out", help="file to write, without its suffix; default: beside the checkpoint")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument("checkpoint", help="checkpoint to export")
+    parser.add_argument("--to", nargs="+", choices=(*SUFFIXES, "fp16"), default=["onnx"], help="formats to write")
+    parser.add_argument("--out", help="path to write, without suffix (default: beside the checkpoint)")
     parser.add_argument("--int8", metavar="LIST", help="OpenVINO in 8 bits, calibrated on images of this data list")
-    parser.add_argument("--decode", action="store_true", help="also write NAME_detect.onnx, with decoding")
-    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="most detections of --decode")
+    parser.add_argument("--decode", action="store_true", help="also write NAME_detect.onnx, which includes decoding")
+    parser.add_argument("--top-k", type=whole_number(1), default=DETECTION.top_k, help="maximum detections of --decode")
     parser.add_argument("--data", help="folder of data lists: compare on their images instead of noise")
     parser.add_argument("--split", default="val", help="name of the data list")
-    parser.add_argument("--images", help="where the images are, if not where the data list says")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this program did not write, too")
-    parser.add_argument("--count", type=whole_number(1), default=32, help="images to compare on")
+    parser.add_argument("--images", help="folder of the images, if not that of the data list")
+    parser.add_argument("--overwrite", action="store_true", help="also replace files that this program did not write")
+    parser.add_argument("--count", type=whole_number(1), default=32, help="number of images to compare on")
     args = parser.parse_args(argv)
     if args.int8 and "openvino" not in args.to:
-        parser.error("--int8 is for --to openvino")
+        parser.error("--int8 needs --to openvino")
     return args
 
 
@@ -122,15 +120,15 @@ def path_of(args: argparse.Namespace, kind: str) -> Path:
 
 
 def export_fp16(checkpoint: str | Path, path: Path) -> None:
-    """Writes a checkpoint with weights in fp16 and without the state of training; it loads as fp32, like all others.
+    """Writes a checkpoint with weights in fp16 and without the training state; like all others, it is loaded as fp32.
 
-    Buffers stay as they are: the variances of batch norm may be beyond fp16's range.
+    Buffers stay in fp32: the variances of batch norm may exceed the range of fp16.
     """
     content = load_checkpoint(checkpoint)
     model = content["model"]
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
-    save_checkpoint(path, model, "checkpoint", **{name: content[name] for name in KEPT if name in content})
+    save_checkpoint(path, model, "checkpoint", **{name: content[name] for name in FP16_FIELDS if name in content})
 
 
 def export_onnx(checkpoint: str | Path, path: Path) -> None:
@@ -161,7 +159,7 @@ def export_with_decoding(plain: Path, path: Path, top_k: int = DETECTION.top_k) 
     Args:
         plain: a file of export_onnx.
         path: of the new file.
-        top_k: most detections of an image.
+        top_k: maximum number of detections per image.
     """
     onnx = import_optional("onnx")
     loaded, exported = load_exported(plain), onnx.load(plain)
@@ -235,15 +233,15 @@ def export_openvino(
         checkpoint: path of a .pth.tar file.
         path: of the .xml file.
         int8_list: a data list to calibrate 8-bit weights and activations on; fp32 without it.
-        images: the folder of its images, if not where the list says.
+        images: folder of its images, instead of the list's.
     """
     openvino = import_optional("openvino")
     model = load_checkpoint(checkpoint)["model"]
     side = model.config.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about shapes, which do not change
-        warnings.simplefilter("ignore", FutureWarning)  # torch would rather have torch.export
-        # Traced nevertheless: by torch.export it takes four times as long.
+        warnings.simplefilter("ignore", FutureWarning)  # torch recommends torch.export
+        # Traced nevertheless: torch.export takes four times as long.
         exported = openvino.convert_model(model, example_input=example_of(side), input=[-1, 3, side, side])
     if int8_list:
         exported = quantise(exported, DataList.load(int8_list, images), side)
@@ -253,7 +251,7 @@ def export_openvino(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         openvino.save_model(exported, temporary, compress_to_fp16=False)
-        for suffix in (".bin", ".xml"):  # the .xml last: its weights are there when it is
+        for suffix in (".bin", ".xml"):  # the .xml last, so that its weights exist when it appears
             os.replace(temporary.with_suffix(suffix), path.with_suffix(suffix))
 
 
@@ -322,8 +320,8 @@ def sample_images(detector: Detector, data_list: DataList | None = None, count: 
 
 
 def compare_decoding(original: Detector, path: Path, images: torch.Tensor, top_k: int, min_score: float = 0.05) -> int:
-    """In how many of images (n, 3, S, S) a file with decoding gives the labels of model.postprocess and its boxes to
-    1e-4 of the image."""
+    """The number of images (n, 3, S, S) for which a file with decoding returns the same labels as model.postprocess,
+    and the same boxes within 1e-4 of the image."""
     max_overlap = EVALUATION.max_overlap
     onnxruntime = import_optional("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -147,14 +147,14 @@ SMALL = encoded(Image.new("RGB", (9, 9)), "PNG")
 @pytest.mark.parametrize(
     ("data", "query", "kind", "status", "said"),
     [
-        (b"hello", "", "image/jpeg", 400, "image that was sent is no image that can be read"),
+        (b"hello", "", "image/jpeg", 400, "image that was sent is not a readable image"),
         (b"", "", "image/jpeg", 400, "the body is empty"),
         (bytes(2_000_001), "", "image/jpeg", 413, "more than the 2 MB"),
         (bytes(9_000_000), "", "image/jpeg", 413, "more than the 2 MB"),
         (png_header(10_000, 10_000), "", "image/png", 400, "10000 x 10000 pixels, more than 50,000,000"),
         (b"x", "", "multipart/form-data; boundary=x", 400, "--data-binary"),
         (SMALL, "suppress=cow", "image/png", 400, "cannot suppress cow"),
-        (SMALL, "min_scor=0.1", "image/png", 400, "unknown parameter 'min_scor'; there are min_score, max_overlap"),
+        (SMALL, "min_scor=0.1", "image/png", 400, "unknown parameter 'min_scor'; known are min_score, max_overlap"),
     ],
 )  # fmt: skip
 def test_endpoint_says_what_is_wrong(server, data, query, kind, status, said):
@@ -217,7 +217,7 @@ def test_formats_that_open_or_run_something_are_refused(server, sent):
     fits = "".join(card.ljust(80) for card in cards).encode().ljust(2880) + bytes(2880)
     for data in (program, iptc, icon.getvalue(), fits):
         status, answer = post(server, data)
-        assert (status, "is no image that can be read" in answer["error"]) == (400, True)
+        assert (status, "is not a readable image" in answer["error"]) == (400, True)
     assert post(server, sent)[0] == 200
 
 
@@ -701,7 +701,7 @@ def test_page_refuses_readably_and_goes_on(page, photograph, tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     (tmp_path / "long.jpg").write_bytes(bytes(2_000_001))
     for name, said in (
-        ("text.jpg", "text.jpg is no image that can be read"),
+        ("text.jpg", "text.jpg is not a readable image"),
         ("huge.png", "10000 x 10000 pixels"),
         ("long.jpg", "long.jpg has 2.0 MB; at most 2 are accepted"),
     ):

@@ -141,7 +141,7 @@ def test_pictures_in_parquet_are_read_in_any_order(tmp_path):
     reader = PictureReader()
     for row in (0, 1, 2, 20, 21, 3, 29, 28, 7, 6, 13, 14):
         assert reader.load(f"{path}#{row}").getpixel((0, 0)) == colours[row]
-    for row, words in ((11, "is missing"), (12, "is no image that can be read"), (30, "is missing")):
+    for row, words in ((11, "is missing"), (12, "is not a readable image"), (30, "is missing")):
         with pytest.raises(InputError, match=rf"image {path}#{row} {words}"):
             reader.load(f"{path}#{row}")
         assert reader.load(f"{path}#5").getpixel((0, 0)) == colours[5]
@@ -257,7 +257,7 @@ def test_results_of_other_settings_and_foreign_files_are_refused(in_tmp):
         result.write()
         with pytest.raises(InputError, match="another process writes to out"), ResultFolder("out", SETTINGS):
             pass
-    with pytest.raises(InputError, match=r"out holds results of min_score 0\.3, not 0\.4"):
+    with pytest.raises(InputError, match=r"out has results of min_score 0\.3, not 0\.4"):
         ResultFolder("out", {"min_score": 0.4}).__enter__()
     with ResultFolder("out", SETTINGS):  # an error leaves no lock
         pass
@@ -392,7 +392,7 @@ def test_the_command(in_archive, tmp_path, capsys, monkeypatch):
     bulk_detect.main(arguments)
     said = capsys.readouterr().out
     assert f"{tmp_path}: 14 pictures (10 of them now" in said
-    assert "3 failed\n  2 file is no image\n  1 image damaged\n" in said
+    assert "3 failed\n  2 file is not an image\n  1 image damaged\n" in said
     rows = parquet.read_table(tmp_path).to_pylist()
     assert len(rows) == 14
     assert_same(rows, expected, failures)

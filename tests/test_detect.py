@@ -89,7 +89,7 @@ def test_command_line(folder, tmp_path, capsys):
              + ["--checkpoint", str(folder / "small.pth.tar"), "--out", str(out)])  # fmt: skip
     assert stop.value.code == 1
     printed = capsys.readouterr()
-    assert "text.jpg is no image" in printed.err
+    assert "text.jpg is not a readable image" in printed.err
     assert "none.jpg is missing" in printed.err
     assert sorted(path.name for path in out.iterdir()) == ["photo.jpg", "photo_2.jpg"]
     lines = [line for line in printed.out.splitlines() if line.startswith("  ")]
@@ -144,7 +144,7 @@ def test_odd_pictures_and_names_stop_nothing(folder, tmp_path, capsys, monkeypat
         )
     said = capsys.readouterr().err
     assert "1.jpg" not in said
-    assert "2.jpg is no image that can be read" in said
+    assert "2.jpg is not a readable image" in said
     assert not started
     sys.stdout.flush()
     assert rb"\u732b.jpg: " in sys.stdout.buffer.getvalue()
@@ -239,7 +239,7 @@ def test_folders_are_read_whole_and_outputs_keep_them(folder, tmp_path, capsys):
     written = sorted(str(path.relative_to(root / "out")) for path in (root / "out").rglob("*") if path.is_file())
     assert written == ["a.jpg", "deep/a.jpg", "deep/c.WebP", "deep/er/b.JPG", "old.jpg"]
     assert (tmp_path / "xml" / "deep" / "er" / "b.xml").is_file()
-    assert "passed over 1 .txt, 1 in out" in capsys.readouterr().err
+    assert "skipped 1 .txt, 1 in out" in capsys.readouterr().err
 
 
 def test_outputs_are_none_of_the_users_files(folder, tmp_path):
@@ -352,12 +352,12 @@ def test_standard_input_and_output(folder):
     ("arguments", "said"),
     [
         (["nothing*.jpg"], "nothing matches"),
-        (["empty"], "folder empty holds no image or video"),
+        (["empty"], "folder empty has no image or video"),
         (["photo.jpg", "--classes", "cow"], "unknown class cow: the model has cat, dog"),
         (["photo.jpg", "--min-score", "2"], "min_score is 2.0"),
         (
             ["photo.jpg", "--runtime", "onnx"],
-            "has no onnx file beside it: python export.py small.pth.tar --to onnx makes",
+            "has no onnx file beside it: python export.py small.pth.tar --to onnx creates",
         ),
         (["photo.jpg", "--checkpoint", "none.pth.tar"], "no checkpoint 'none.pth.tar'"),
     ],

@@ -1,4 +1,4 @@
-"""The pictures of an archive by their addresses: listing millions of them, and reading one.
+"""Lists millions of pictures by their addresses, and reads them.
 
 An address is a local path, s3://... or gs://..., or FILE.parquet#ROW for bytes in a row (from 0) of a Parquet file.
 """
@@ -27,11 +27,11 @@ def resolve(address: str) -> tuple[Any, str]:
     """The pyarrow file system that an address belongs to, and its path there.
 
     Args:
-        address: a local path, or one of s3://, gs:// and what else pyarrow.fs knows. Credentials and servers come from
+        address: a local path, or one of s3://, gs:// and other schemes of pyarrow.fs. Credentials and servers come from
             the environment, such as AWS_ENDPOINT_URL; s3://anonymous@bucket/ needs no credentials.
 
     Raises:
-        InputError: for a scheme that pyarrow does not know, or a bucket that cannot be reached.
+        InputError: for a scheme that pyarrow does not support, or a bucket that cannot be reached.
     """
     from pyarrow import fs  # optional
 
@@ -58,24 +58,24 @@ def _file_system(root: str) -> tuple[Any, str]:
 
 
 def list_addresses(inputs: Sequence[str]) -> Iterator[str]:
-    """Yields the address of each picture that the inputs stand for; a picture that is named twice comes twice.
+    """Yields the address of each picture of the inputs; a picture that is named twice is yielded twice.
 
     Args:
-        inputs: folders (with those inside of them), globs, pictures; text files with an address a line; Parquet files
+        inputs: folders (searched recursively), globs, pictures; text files with an address per line; Parquet files
             with a column "path" of addresses, or with encoded pictures in "bytes" or "image.bytes". Folders without
             pictures are searched for Parquet files. Each may be local or remote (see resolve).
 
     Raises:
-        InputError: for an input that does not exist, cannot be read, or holds no pictures.
+        InputError: for an input that does not exist, cannot be read, or has no pictures.
     """
     for argument in inputs:
         empty = True
         for address in _expand(argument):
             empty = False
-            # Arrow's texts are UTF-8: bytes of a file name that are not become escapes, and the file is missing.
+            # Arrow strings are UTF-8: other bytes of a file name become escapes, and the file is reported as missing.
             yield address.encode("utf-8", "backslashreplace").decode()
         if empty:
-            raise InputError(f"{argument} holds no pictures")
+            raise InputError(f"{argument} has no pictures")
 
 
 def _expand(argument: str) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _parquet_addresses(address: str) -> Iterator[str]:
 
 
 def open_parquet(address: str) -> Any:
-    """A pyarrow.parquet.ParquetFile, for a with block; its pages are read as they are needed.
+    """Opens a pyarrow.parquet.ParquetFile, a context manager; its pages are read as they are needed.
 
     Raises:
         InputError: if it is not a Parquet file.
@@ -168,7 +168,7 @@ def open_parquet(address: str) -> Any:
     try:
         return parquet.ParquetFile(system.open_input_file(path), buffer_size=READ_AHEAD, pre_buffer=False)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{address} is no Parquet file: {error}") from error
+        raise InputError(f"{address} is not a Parquet file: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def open_parquet(address: str) -> Any:
 class PictureReader:
     """Reads pictures by their addresses, in any number of threads.
 
-    Rows of a Parquet file are read fastest in their order: the reader goes on from the row that it read last.
+    Rows of a Parquet file are read fastest in order: the reader continues from the row that it read last.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class PictureReader:
         """The picture as RGB, upright.
 
         Raises:
-            DataError: it is missing or cannot be read; with the words of load_image.
+            DataError: it is missing or cannot be read; the messages are those of load_image.
         """
         if row := PARQUET_ROW.fullmatch(address):
             return load_image(self._read_row(row[1], int(row[2]), address), address)

@@ -1,6 +1,6 @@
-"""Detections of millions of pictures as Parquet: the worker that makes them, and the folder that holds each once.
+"""Detections of millions of pictures as Parquet: the worker that computes them, and the folder that stores them.
 
-bulk_detect.py puts Ray Data between the two. Every part file of a result has the columns of schema().
+bulk_detect.py connects the two with Ray Data. Every part file of a result has the columns of schema().
 """
 
 import io
@@ -25,19 +25,19 @@ from fpnssd.inference.outputs import failure_message
 from utils import InputError, atomic_write
 
 METADATA_KEY = b"fpn_ssd_detections"  # in each part file: the settings of the run, as JSON
-PART_ROWS, PART_SECONDS = 10_000, 60.0  # a part file is written after as many pictures, or as many seconds
+PART_ROWS, PART_SECONDS = 10_000, 60.0  # after either of which a part file is written
 
 
 def schema() -> Any:
-    """The pyarrow.Schema of a result, a row for each picture.
+    """The pyarrow.Schema of a result, one row per picture.
 
     Columns:
-        path: the picture's address, as it was listed; no two rows have the same.
+        path: the picture's address, as it was listed; it is unique.
         height, width: of the upright picture, in pixels; null for a picture that failed.
         boxes: (m, 4) float32, xyxy in pixels, best first.
         scores, labels, names: of the m detections; labels are 1..C.
-        error: why the picture has no detections, in the words of detect.py; null where it was read.
-        error_kind: the error without names, to count by.
+        error: why the picture has no detections, as detect.py prints it; null if it was read.
+        error_kind: the error without names, for counting.
     """
     import pyarrow as pa  # optional
 
@@ -132,7 +132,7 @@ class Worker:
         for address, future in reading:
             try:
                 images[address] = future.result()
-            except Exception as error:  # decoders raise nearly anything
+            except Exception as error:  # decoders may raise nearly any exception
                 rows[address] = _failed_row(address, error)
         rows |= self._predict(images)
         return [rows[address] for address, _ in reading]
@@ -143,12 +143,12 @@ class Worker:
             return {}
         try:
             results = self.detector.predict_images(list(images.values()), **self.thresholds)
-        except Exception as error:  # of one image's values, or of a device's memory
+        except Exception as error:  # caused by the values of one image, or by the device's memory
             if len(images) == 1:
                 if not isinstance(error, InputError):
-                    raise  # of the device, which is no reason to give up the picture
+                    raise  # an error of the device: the picture may be read later
                 return {address: _failed_row(address, error) for address in images}
-            return {key: row for one in images.items() for key, row in self._predict(dict([one])).items()}
+            return {key: row for item in images.items() for key, row in self._predict(dict([item])).items()}
         return {address: _row(address, result) for address, result in zip(images, results, strict=True)}
 
 
@@ -157,18 +157,18 @@ class Worker:
 
 
 class ResultFolder:
-    """A folder of part files, for a with block. A part appears whole or not at all: it is renamed when it is complete,
-    and an object store gets it in one put. One process alone writes, so that each picture is in one part.
+    """A folder of part files, as a context manager. Each part is written atomically: it is renamed when it is complete,
+    or put into an object store as a whole. Only one process writes, so that each picture is in one part.
 
     Args:
-        address: of the folder, which is made; local, or remote (see resolve).
-        settings: the detector and its thresholds; a folder holds results of one setting.
+        address: of the folder, which is created; local, or remote (see resolve).
+        settings: the detector and its thresholds; a folder has results of one setting only.
 
     Attributes:
         written: rows that were written in this with block.
 
     Raises:
-        InputError: if the folder holds other Parquet files or results of other settings, or another process writes to
+        InputError: if the folder has other Parquet files or results of other settings, or another process writes to
             it.
     """
 
@@ -188,7 +188,7 @@ class ResultFolder:
                 self._lock.acquire()
             except filelock.Timeout:
                 raise InputError(f"another process writes to {self.address}: choose another --out") from None
-            for torn in Path(self.path).glob(".part-*"):  # of a process that was killed
+            for torn in Path(self.path).glob(".part-*"):  # left by a process that was killed
                 torn.unlink()
         try:
             for file in self.files():
@@ -222,7 +222,7 @@ class ResultFolder:
             raise InputError(f"{file} was not written by bulk_detect.py: choose another --out")
         for name, value in json.loads(metadata[METADATA_KEY]).items():
             if (now := self.settings.get(name)) != value:
-                raise InputError(f"{self.address} holds results of {name} {value}, not {now}: choose another --out")
+                raise InputError(f"{self.address} has results of {name} {value}, not {now}: choose another --out")
 
     def read(self, *columns: str) -> Any:
         """Yields pyarrow record batches of some columns of all rows."""
@@ -242,10 +242,10 @@ class ResultFolder:
         return listed.filter(compute.invert(compute.is_in(listed, done)))
 
     def add(self, rows: Any) -> None:
-        """Takes rows, a pyarrow.Table of schema(), and writes a part file when there are many or time has passed.
+        """Adds rows, a pyarrow.Table of schema(); writes a part file after PART_ROWS rows or PART_SECONDS.
 
         Raises:
-            OSError: if it could not be written; it does not exist then.
+            OSError: if it could not be written; the part does not exist then.
         """
         self._waiting.append(rows)
         if sum(map(len, self._waiting)) >= PART_ROWS or time.monotonic() - self._last_write >= PART_SECONDS:

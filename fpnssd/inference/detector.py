@@ -96,7 +96,7 @@ class Detections:
         ]
 
     def to_supervision(self) -> Any:
-        """supervision.Detections, with class_id 0..C-1 as that library counts (pip install supervision)."""
+        """supervision.Detections, with class_id 0..C-1 as in that library (pip install supervision)."""
         import supervision  # optional
 
         return supervision.Detections(
@@ -108,11 +108,11 @@ class Detections:
 
 
 class Detector:
-    """A network on its runtime, with what decoding needs. load_detector makes one.
+    """A network on its runtime, with its priors and configuration. load_detector makes one.
 
     Attributes:
         forward: uint8 (B, 3, S, S) RGB -> offsets (B, P, 4), logits (B, P, C + 1), float32.
-        config: the model's.
+        config: configuration of the model.
         priors: (P, 4) float32, cxcywh in 0..1.
         info: source, runtime, device, precision; of a checkpoint its training configuration ("training"), of an
             exported file the SHA-256 of the checkpoint it was made from ("exported_from").
@@ -153,8 +153,8 @@ class Detector:
             images: one image, or a list of them; see load_image for what an image may be. Arrays are RGB.
             min_score: score threshold: detections score above it.
             max_overlap: NMS IoU threshold within a class.
-            top_k: most detections per image.
-            suppress: names of classes to leave out.
+            top_k: maximum number of detections per image.
+            suppress: names of classes that are not detected.
             batch_size: images that are loaded and run through the network at a time.
 
         Returns:
@@ -219,7 +219,7 @@ class Detector:
         suppressed = set(suppress or ())
         unknown = sorted(suppressed - set(self.classes))
         if unknown:
-            raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(self.classes)}")
+            raise InputError(f"cannot suppress {', '.join(unknown)}: the classes are {', '.join(self.classes)}")
         logits = suppress_classes(logits, [self.classes.index(name) + 1 for name in suppressed])
         try:
             results = postprocess(offsets, logits, self.priors.to(offsets.device), sizes, min_score, max_overlap, top_k)
@@ -258,7 +258,7 @@ def check_thresholds(min_score: float, max_overlap: float, top_k: int) -> None:
 def suppress_classes(logits: torch.Tensor, labels: Iterable[int]) -> torch.Tensor:
     """Logits in which background has the probability of some classes besides its own.
 
-    Leaving these classes out of the softmax instead would raise the scores of all others.
+    Omitting these classes from the softmax would instead raise the scores of all others.
 
     Args:
         logits: (B, P, C + 1).
@@ -278,7 +278,7 @@ def suppress_classes(logits: torch.Tensor, labels: Iterable[int]) -> torch.Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where a detector comes from
+# Loading a detector
 
 
 def load_detector(
@@ -291,12 +291,12 @@ def load_detector(
             unless another one is named.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         runtime: "torch", or "onnx" or "openvino" for the exported file beside a checkpoint; "auto" takes such a file on
-            a CPU if it was made from this very checkpoint, and says so on stderr, and is torch otherwise.
+            a CPU if it was made from this very checkpoint, and prints so on stderr, and is torch otherwise.
         precision: "auto", "fp32", "bf16" or "fp16".
 
     Raises:
         FileNotFoundError: if there is no such file.
-        InputError: if the file cannot be read, or cannot run as asked.
+        InputError: if the file cannot be read, or cannot run on this device, runtime or precision.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime {runtime!r} is not one of {', '.join(RUNTIMES)}")
@@ -313,7 +313,7 @@ def load_detector(
         return Detector(*load_exported(path, device, precision))
     if runtime in SUFFIXES:
         if device not in ("auto", "cpu"):
-            raise InputError(f"runtime {runtime} runs on the CPU, not on {device!r}: leave --device alone")
+            raise InputError(f"runtime {runtime} runs on the CPU, not on {device!r}: omit --device")
         return Detector(*load_exported_from(path, runtime, precision))
     place = pick_device(device)
     if runtime == "auto" and precision == "auto" and place.type == "cpu" and (exported := _exported_beside(path)):
@@ -343,8 +343,7 @@ def torch_detector(
     """A Detector that runs a model where it is. The model may be moved or trained meanwhile.
 
     Args:
-        model: used as it is, not copied. It predicts in evaluation mode, and each of its modules has its own mode back
-            afterwards.
+        model: used as it is, not copied. It predicts in evaluation mode; then the mode of each module is restored.
         precision: "auto", "fp32", "bf16" or "fp16".
         source: a name for it, for Detector.info.
         training: its training configuration, for Detector.info.
@@ -364,7 +363,7 @@ def torch_detector(
 
 
 _mode_lock = threading.Lock()
-# Of each model that predicts at present: how many calls do, and the modules that go back to training mode after them.
+# Of each predicting model: the number of running calls, and the modules to put back into training mode.
 _predicting: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 

@@ -1,4 +1,4 @@
-"""Draws detections on an image: boxes in the colours of their classes, and labels that keep clear of each other."""
+"""Draws detections on an image: boxes in the colours of their classes, and labels that do not overlap."""
 
 import functools
 import importlib.util
@@ -24,7 +24,7 @@ PALETTE: tuple[Colour, ...] = (
     (45, 135, 120), (210, 150, 255), (105, 195, 30), (255, 195, 150), (135, 30, 90), (0, 90, 150), (105, 60, 30),
     (180, 225, 150), (240, 135, 165),
 )  # fmt: skip
-MAX_LABELS = 300  # of an image with more detections the best ones get a label, the others a box alone
+MAX_LABELS = 300  # with more detections only the best ones get a label
 FONT_SUFFIXES = {".ttf", ".otf", ".ttc"}
 
 
@@ -61,7 +61,7 @@ def annotate(image: Image.Image, detections: Detections) -> Image.Image:
 
     plates: list[Box] = []
     texts = []
-    for box, score, label, name in rows[:MAX_LABELS]:  # the best ones take the best places
+    for box, score, label, name in rows[:MAX_LABELS]:  # the best detections choose their places first
         shown_name, font = label_text(name, label, text_size)
         text = f"{shown_name} {score:.2f}"
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -78,7 +78,7 @@ def annotate(image: Image.Image, detections: Detections) -> Image.Image:
 # Where labels go
 
 
-def place_label(box: Box, size: tuple[float, float], image_size: tuple[int, int], taken: Sequence[Box]) -> Box:
+def place_label(box: Box, size: tuple[float, float], image_size: tuple[int, int], placed: Sequence[Box]) -> Box:
     """A place for the label of a box, inside the image, that covers as little as possible of the labels before it.
 
     The first free one of: above the box, inside its upper edge, at its upper right, below it, inside its lower edge;
@@ -88,27 +88,27 @@ def place_label(box: Box, size: tuple[float, float], image_size: tuple[int, int]
         box: what the label belongs to.
         size: (width, height) of the label.
         image_size: (width, height) of the image.
-        taken: the labels placed before.
+        placed: the labels placed before.
     """
     (left, top, right, bottom), (width, height) = box, size
     limit = np.maximum(0, np.subtract(image_size, size))
     corners = [(left, top - height), (left, top), (right - width, top), (left, bottom), (left, bottom - height)]
     places = np.clip(corners, 0, limit)
-    areas = covered_areas(places, size, taken)
+    areas = covered_areas(places, size, placed)
     if areas.all():
         columns, rows = np.meshgrid(np.arange(0, limit[0] + 1, width), np.arange(0, limit[1] + 1, height))
         grid = np.stack([columns.ravel(), rows.ravel()], axis=1)
         nearest_first = np.hypot(*(grid - (left, top)).T).argsort(kind="stable")
         places = np.concatenate([places, grid[nearest_first]])
-        areas = covered_areas(places, size, taken)
+        areas = covered_areas(places, size, placed)
     x, y = places[areas.argmin()].tolist()  # the first of the least covered
     return x, y, x + width, y + height
 
 
-def covered_areas(places: np.ndarray, size: tuple[float, float], taken: Sequence[Box]) -> np.ndarray:
-    """How much (n,) a box of this size covers of the boxes `taken`, with its upper left corner at each of `places`
+def covered_areas(places: np.ndarray, size: tuple[float, float], placed: Sequence[Box]) -> np.ndarray:
+    """How much (n,) a box of this size covers of the boxes `placed`, with its upper left corner at each of `places`
     (n, 2)."""
-    boxes = np.reshape(taken, (-1, 4))
+    boxes = np.reshape(placed, (-1, 4))
     low = np.maximum(places[:, None], boxes[:, :2])
     high = np.minimum(places[:, None] + size, boxes[:, 2:])
     return (high - low).clip(min=0).prod(axis=2).sum(axis=1)
@@ -129,20 +129,20 @@ def label_text(name: str, label: int, size: int) -> tuple[str, ImageFont.FreeTyp
 
 @functools.cache
 def open_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font file in this size; "" is the font that Pillow carries, which has Latin letters."""
+    """A font file in this size; "" is Pillow's own font, which has Latin letters."""
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
 @functools.cache
 def find_font(name: str, label: int) -> str | None:
     """The first font file with every character of a class's name ("" is Pillow's own font). None, and a note on stderr,
-    if no font here has them."""
+    if no installed font has them."""
     shaped = any(unicodedata.bidirectional(character) in ("R", "AL") for character in name)
-    if not shaped or features.check("raqm"):  # without it Pillow writes Arabic and Hebrew from left to right, unjoined
+    if not shaped or features.check("raqm"):  # without raqm Pillow draws Arabic and Hebrew from left to right, unjoined
         for path in ("", *system_fonts()):
             if has_characters(path, name):
                 return path
-    print(f"no font here has the characters of {name!r}: labels show its number, {label}", file=sys.stderr)
+    print(f"no installed font has the characters of {name!r}: labels show its number, {label}", file=sys.stderr)
     return None
 
 
@@ -150,7 +150,7 @@ def has_characters(path: str, text: str) -> bool:
     """Whether a font file has a glyph for every visible character of a text."""
     try:
         font = open_font(path, 16)
-        absent = _glyph(font, "\U0010ffff")  # no character: drawn as the font draws what it lacks
+        absent = _glyph(font, "\U0010ffff")  # not a character: drawn like any that the font lacks
         visible = {c for c in text if not c.isspace() and unicodedata.category(c) != "Cf"}
         return all(_glyph(font, character) not in (None, absent) for character in visible)
     except (OSError, ValueError):  # a damaged font, one of bitmaps in another size; half a character in the text
@@ -171,12 +171,12 @@ def system_fonts() -> tuple[str, ...]:
         "darwin": ["/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"],
         "win32": [os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "Fonts")],
     }.get(sys.platform, ["/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts"])
-    found = []
+    paths = []
     matplotlib = importlib.util.find_spec("matplotlib")  # its folder alone: importing it takes most of a second
     if matplotlib and matplotlib.origin:
-        found.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
+        paths.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
     for folder in folders:
         files = [path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in FONT_SUFFIXES]
-        found += sorted(files, key=lambda path: ("regular" not in path.name.lower(), path))
+        paths += sorted(files, key=lambda path: ("regular" not in path.name.lower(), path))
     # Apple's last resort draws every character as the frame of its script.
-    return tuple(str(path) for path in found if path.is_file() and not path.name.startswith("LastResort"))
+    return tuple(str(path) for path in paths if path.is_file() and not path.name.startswith("LastResort"))

@@ -1,6 +1,6 @@
-"""A small HTTP server that is safe to leave open: whom it answers, what clients may send and keep, how it ends.
+"""A small HTTP server with bounds on who may connect, on what clients may send and store, and on its shutdown.
 
-Nothing here knows about pictures or detectors; app.py does. Needs the extra `app` (pip install -e '.[app]').
+It is independent of pictures and detectors, which are in app.py. Needs the extra `app` (pip install -e '.[app]').
 """
 
 import asyncio
@@ -29,8 +29,8 @@ from utils import InputError
 HOST_HEADER = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/?#\s]+)(:[0-9]+)?")  # name or address, and a port
 MAX_CONNECTIONS = 256
 CONNECTION_SECONDS = 120.0
-GRACE_SECONDS = 1.0  # for requests that run when the server is told to end
-EXIT_SECONDS = 4.0  # from then on the process ends even if a thread is busy
+GRACE_SECONDS = 1.0  # for running requests at shutdown
+EXIT_SECONDS = 4.0  # after which the process exits even if a thread is busy
 
 
 class Guard:
@@ -57,7 +57,7 @@ class Guard:
             "referrer-policy": "same-origin",
             "cross-origin-resource-policy": "same-origin",
             "cross-origin-opener-policy": "same-origin",
-            "connection": "close",  # one request each, so that a connection's time is a request's
+            "connection": "close",  # one request per connection, so that its time limit applies to the request
         }
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -85,8 +85,8 @@ class Guard:
 class Bodies:
     """Receives request bodies, with bounds on the size, number, sum and duration of those in memory.
 
-    Where number or sum is exceeded, the body that has been arriving for the longest time is dropped: clients that send
-    slowly do not keep the others out.
+    If number or sum is exceeded, the body that has been arriving for the longest time is dropped, so that slow clients
+    do not block the others.
 
     Args:
         max_bytes: of one body; all together may have four times as many.
@@ -166,22 +166,22 @@ T = TypeVar("T", bound=Sized)
 
 
 class Kept(Generic[T]):
-    """Objects of at most `max_bytes` that clients can ask for again by random ids; the least used ones go first."""
+    """Stores objects of at most `max_bytes` in total under random ids; drops the least recently used ones first."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self._kept: OrderedDict[str, T] = OrderedDict()
 
-    def add(self, one: T) -> str:
-        """Returns the id, which cannot be guessed: what is kept is for those who sent it."""
+    def add(self, value: T) -> str:
+        """Returns the id, which cannot be guessed, so that only the sender can access the object."""
         key = secrets.token_urlsafe(16)
-        self._kept[key] = one
-        while sum(other.num_bytes for other in self._kept.values()) > self.max_bytes and len(self._kept) > 1:
+        self._kept[key] = value
+        while sum(kept.num_bytes for kept in self._kept.values()) > self.max_bytes and len(self._kept) > 1:
             self._kept.popitem(last=False)
         return key
 
     def get(self, key: str) -> T:
-        """Raises HTTPException 404 if it is not kept, or not any more."""
+        """Raises HTTPException 404 if the id is unknown or the object was dropped."""
         if key not in self._kept:
             raise HTTPException(404, "this picture is no longer kept: send it again")
         self._kept.move_to_end(key)
@@ -191,7 +191,7 @@ class Kept(Generic[T]):
 class Connection(H11Protocol):
     """uvicorn's connection, closed after CONNECTION_SECONDS or when MAX_CONNECTIONS newer ones are open.
 
-    This holds whatever its client does: send no headers, or not read the response.
+    This also holds if the client sends no headers or does not read the response.
     """
 
     connected: ClassVar[dict["Connection", asyncio.Transport]] = {}  # the oldest first
@@ -215,7 +215,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose process is gone within EXIT_SECONDS of Ctrl-C or SIGTERM."""
+    """uvicorn's server, whose process exits within EXIT_SECONDS of Ctrl-C or SIGTERM."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
@@ -234,7 +234,7 @@ def make_server(app: ASGIApp) -> Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is any free one. InputError if there can be none."""
+    """A listening socket; port 0 is any free one. Raises an InputError if the address cannot be used."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:

@@ -18,8 +18,8 @@ class Source:
     """An input of the command line, and the name of what is written for it."""
 
     path: str  # a file, "camera:0", or "-"
-    name: PurePath  # below each output folder; no other input has it, with any ending
-    number: int  # its place among the inputs, from 1
+    name: PurePath  # below each output folder; unique even without its ending
+    number: int  # position among the inputs, from 1
 
     @property
     def is_video(self) -> bool:
@@ -34,9 +34,8 @@ def find_sources(arguments: Sequence[str], output_folders: Sequence[Path] = ()) 
     """Expands the command line's inputs.
 
     Args:
-        arguments: images, videos, cameras and "-"; folders, with the images and videos inside of them, at any depth;
-            globs.
-        output_folders: folders whose content is passed over when they lie inside of a folder that is read.
+        arguments: images, videos, cameras and "-"; folders, searched recursively for images and videos; globs.
+        output_folders: folders whose content is skipped if they are inside a folder that is searched.
 
     Returns:
         The inputs in the order given, folders sorted. Names of those from folders keep the subfolders.
@@ -44,14 +43,14 @@ def find_sources(arguments: Sequence[str], output_folders: Sequence[Path] = ()) 
     Raises:
         InputError: for a folder or glob without images.
     """
-    taken: set[str] = set()
+    used_names: set[str] = set()
     sources: list[Source] = []
     for argument in arguments:
         for path, name in _expand(argument, output_folders):
             if is_video(path):
                 name = name.with_name(f"{name.stem}.mp4")
-            unused = unused_name(name, taken)
-            taken.add(str(unused.with_suffix("")).casefold())
+            unused = unused_name(name, used_names)
+            used_names.add(str(unused.with_suffix("")).casefold())
             sources.append(Source(path, unused, len(sources) + 1))
     return sources
 
@@ -74,27 +73,27 @@ def _expand(argument: str, output_folders: Sequence[Path]) -> Iterator[tuple[str
 
 
 def _images_inside(folder: str, output_folders: Sequence[Path]) -> list[Path]:
-    """The images and videos inside of a folder; how many other files there are is printed to stderr."""
-    paths, passed_over = find_images(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    """The images and videos in a folder and its subfolders; prints the numbers of skipped files to stderr."""
+    paths, skipped = find_images(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     inside = Path(folder).resolve()
     for output in {path.resolve() for path in output_folders}:
         if inside in output.parents:  # what an earlier run wrote
             kept = [path for path in paths if output not in path.resolve().parents]
-            passed_over[f"in {output.name}"] += len(paths) - len(kept)
+            skipped[f"in {output.name}"] += len(paths) - len(kept)
             paths = kept
-    others = ", ".join(f"{count} {ending}" for ending, count in sorted((+passed_over).items()))
+    others = ", ".join(f"{count} {ending}" for ending, count in sorted((+skipped).items()))
     if not paths:
-        raise InputError(f"folder {folder} holds no image or video" + (f" (passed over: {others})" if others else ""))
+        raise InputError(f"folder {folder} has no image or video" + (f" (skipped: {others})" if others else ""))
     if others:
-        print(f"detect: {folder}: passed over {others}", file=sys.stderr)
+        print(f"detect: {folder}: skipped {others}", file=sys.stderr)
     return paths
 
 
-def unused_name(name: PurePath, taken: set[str]) -> PurePath:
-    """The name, numbered if another input has it already: with any ending, as each kind of output has its own, and in
-    any case, as some file systems do not tell a.jpg from A.JPG."""
+def unused_name(name: PurePath, used_names: set[str]) -> PurePath:
+    """The name, with a number if another input has it already. Endings are not compared, as each kind of output has its
+    own, nor is case, as some file systems do not distinguish a.jpg and A.JPG."""
     number, numbered = 1, name
-    while str(numbered.with_suffix("")).casefold() in taken:
+    while str(numbered.with_suffix("")).casefold() in used_names:
         number += 1
         numbered = name.with_name(f"{name.stem}_{number}{name.suffix}")
     return numbered

@@ -1,4 +1,4 @@
-"""Writes the detections of detect.py: annotated copies, JSON lines, COCO results, VOC XML, YOLO text, cut-outs."""
+"""Writes the detections of detect.py: annotated copies, JSON lines, COCO results, VOC XML, YOLO text, crops."""
 
 import contextlib
 import json
@@ -21,13 +21,13 @@ from fpnssd.inference.video import VIDEO_SUFFIXES, is_video
 from utils import InputError, atomic_write, check_outputs, error_message, file_ids, output_mark, write_text
 
 JSON, COCO, VOC_XML, YOLO = "JSON lines", "COCO results", "VOC annotation", "YOLO labels"  # kinds of outputs
-# What XML 1.0 cannot hold, not even escaped.
+# Characters that XML 1.0 cannot contain, not even escaped.
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
 class OutputPaths:
-    """Where each kind of output goes; None for those that are not wanted."""
+    """Where each kind of output goes; None for those that are not requested."""
 
     pictures: Path | None = None  # folder of annotated copies, and of annotated videos
     json: str | None = None  # file that gets a line per image; "-" is standard output
@@ -42,11 +42,11 @@ class OutputPaths:
 
     def files(self, names: Sequence[PurePath]) -> list[tuple[str, Path]]:
         """(kind, path) of every file that will be written for inputs of these names, for utils.check_outputs, as far as
-        it is known before they are read: cut-outs and the files of video frames depend on what is found.
+        it is known before they are read: crops and the files of video frames depend on the detections.
 
         Raises:
-            InputError: if the name for JSON or COCO results is that of a picture. The shell makes --json a.jpg b.jpg of
-                --json *.jpg.
+            InputError: if the JSON or COCO results would be written to a picture, as when the shell expands
+                --json *.jpg to --json a.jpg b.jpg.
         """
         for option, path in (("--json", self.json), ("--coco", self.coco)):
             if path and Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
@@ -64,7 +64,7 @@ class OutputPaths:
 
 
 def failure_message(source: str, error: Exception) -> str:
-    """What is said of an input that failed: the error, with its class if it is none of the user's, and the input."""
+    """The message for an input that failed: the error, with its class if it is unexpected, and the input."""
     message = error_message(error)
     if not isinstance(error, (InputError, OSError)):
         message = f"{type(error).__name__}: {message}"
@@ -72,16 +72,16 @@ def failure_message(source: str, error: Exception) -> str:
 
 
 class Outputs:
-    """Writes the results of one image after the other, for a with block; failures are printed and counted.
+    """A context manager that writes the results of one image after the other; failures are printed and counted.
 
     JSON lines and COCO rows are written as they come, so that endless inputs take no memory. At the end of the block,
     however it ends, the COCO file is completed.
 
     Args:
-        paths: where to.
-        names: the inputs' (see OutputPaths.files).
-        inputs: files that may not be written over.
-        overwrite: whether other files that this program did not write may be.
+        paths: where the outputs are written.
+        names: of the inputs (see OutputPaths.files).
+        inputs: files that must not be overwritten.
+        overwrite: whether other files that this program did not write may be overwritten.
         yolo_scores: write the sixth column of YOLO.
 
     Attributes:
@@ -127,16 +127,16 @@ class Outputs:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()  # without the error: what was found before it is kept
+        self._stack.close()  # without the error: results before it are kept
 
     @contextlib.contextmanager
     def failures_of(self, source: str) -> Iterator[None]:
-        """An error inside of the with block is printed and counted as this input's, and goes no further."""
+        """A context manager that prints and counts errors as failures of this input, and suppresses them."""
         try:
             yield
-        except BrokenPipeError:  # nobody reads the output any more
+        except BrokenPipeError:  # the reader of the output has closed it
             raise
-        except Exception as error:  # decoders, networks and encoders raise nearly anything
+        except Exception as error:  # decoders, networks and encoders may raise nearly any exception
             self.fail(source, error)
 
     def fail(self, source: str, error: Exception) -> None:
@@ -144,7 +144,7 @@ class Outputs:
         tqdm.write(f"detect: {failure_message(source, error)}", file=sys.stderr)
 
     def print(self, text: str) -> None:
-        """Prints to standard output, unless that gets the JSON."""
+        """Prints to standard output, unless the JSON is written there."""
         if self._json is not sys.stdout:
             tqdm.write(text, file=sys.stdout)
 
@@ -156,8 +156,8 @@ class Outputs:
         image_id: int,
         frame: dict[str, float] | None = None,
     ) -> None:
-        """Writes everything that is wanted of one image. An output that cannot be written is printed and counted, and
-        the others are written.
+        """Writes all requested outputs of one image. A failure of one output is printed and counted, and does not stop
+        the others.
 
         Args:
             name: of its files, below each output folder.
@@ -169,7 +169,7 @@ class Outputs:
         source, count = detections.source, _count(detections)
         shown = f"{source}: {count}"
         if self._coco:
-            # The id is only the place in this call; the name lets eval.py detect rows of another list's images.
+            # The id is only a position; from the name eval.py detects rows of another list's images.
             file_name = {"file_name": source if frame is None else name.as_posix()}
             rows = [json.dumps(row | file_name) for row in detections.to_coco(image_id)]
             self._coco.write("".join((",\n" if self._rows + k else "") + row for k, row in enumerate(rows)))
@@ -208,7 +208,7 @@ class Outputs:
 
 def _count(detections: Detections) -> str:
     if len(detections) == 0:
-        return "0 objects (a lower --min-score shows less certain ones)"
+        return "0 objects (a lower --min-score shows less confident ones)"
     return "1 object" if len(detections) == 1 else f"{len(detections)} objects"
 
 
@@ -268,7 +268,7 @@ def write_yolo(path: Path, detections: Detections, scores: bool = True) -> None:
     Args:
         path: the text file.
         detections: of one image.
-        scores: False leaves the sixth column out, for programs that read labels of five.
+        scores: False omits the sixth column, for programs that read five columns.
     """
     height, width = detections.size
     lines = []

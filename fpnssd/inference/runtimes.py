@@ -17,15 +17,15 @@ import torch
 from model import ModelConfig, priors_of
 from utils import EXPORT_KEY, InputError, hash_file
 
-CONFIG_KEY, SOURCE_KEY = "fpn_ssd", EXPORT_KEY  # keys of the files' own metadata
-SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # OpenVINO is the faster one on most CPUs, so it comes first
+CONFIG_KEY, SOURCE_KEY = "fpn_ssd", EXPORT_KEY  # keys in the metadata of the files
+SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}  # OpenVINO first, as it is faster on most CPUs
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # our names -> OpenVINO's
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Exported(NamedTuple):
-    """What a Detector is made of: Detector(*load_exported(path))."""
+    """The arguments of a Detector: Detector(*load_exported(path))."""
 
     forward: Forward  # uint8 (B, 3, S, S) -> offsets (B, P, 4), logits (B, P, C + 1), float32
     config: ModelConfig
@@ -54,7 +54,7 @@ def exported_path(checkpoint: str | Path, runtime: str, ending: str = "") -> Pat
 
 
 def load_exported_from(checkpoint: str | Path, runtime: str, precision: str = "auto") -> Exported:
-    """The export that lies beside a checkpoint and was made from it as it is now.
+    """Loads the exported file beside a checkpoint, if it was made from this version of the checkpoint.
 
     Args:
         checkpoint: path of a .pth.tar file.
@@ -62,15 +62,15 @@ def load_exported_from(checkpoint: str | Path, runtime: str, precision: str = "a
         precision: as for load_exported.
 
     Raises:
-        InputError: if there is no such file, it cannot be read, or another checkpoint's hash is in it.
+        InputError: if there is no such file, it cannot be read, or it contains the hash of another checkpoint.
     """
     path = exported_path(checkpoint, runtime)
-    how = f"python export.py {checkpoint} --to {runtime} makes it"
+    how = f"python export.py {checkpoint} --to {runtime} creates it"
     if not path.is_file():
         raise InputError(f"{checkpoint} has no {runtime} file beside it: {how}")
     exported = load_exported(path, precision=precision)
     if exported.info["exported_from"] != hash_file(checkpoint):
-        raise InputError(f"{path} was exported from another checkpoint than {checkpoint}: {how} anew")
+        raise InputError(f"{path} was exported from a different checkpoint than {checkpoint}: {how} again")
     return exported
 
 
@@ -80,23 +80,23 @@ def load_exported(path: str | Path, device: str = "auto", precision: str = "auto
     Args:
         path: an .onnx file or OpenVINO's .xml, with its .bin beside it.
         device: "auto" or "cpu".
-        precision: "auto" leaves it to the runtime; OpenVINO also takes fp32, bf16 and fp16, ONNX Runtime fp32.
+        precision: "auto" lets the runtime choose; OpenVINO also takes fp32, bf16 and fp16, ONNX Runtime fp32.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        InputError: if it cannot be read, was not made by export.py, or cannot run as asked.
+        InputError: if it cannot be read, was not made by export.py, or cannot run on this device or in this precision.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}: python export.py makes one from a checkpoint")
+        raise FileNotFoundError(f"no file {str(path)!r}: python export.py creates one from a checkpoint")
     if device not in ("auto", "cpu"):
-        raise InputError(f"exported files run on the CPU, not on {device!r}: leave --device alone")
+        raise InputError(f"exported files run on the CPU, not on {device!r}: omit --device")
     runtime = runtime_of(path)
     forward, metadata, precision = (_load_onnx if runtime == "onnx" else _load_openvino)(path, precision)
     try:
         config = ModelConfig.from_dict(json.loads(metadata.get(CONFIG_KEY, "")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} holds no configuration ({error}): was it made by export.py?") from error
+        raise InputError(f"{path} has no configuration ({error}): was it made by export.py?") from error
     priors = priors_of(config)
     _check_network(forward, config, len(priors), path)
     info = {"source": str(path), "runtime": runtime, "device": "cpu", "precision": precision}
@@ -104,15 +104,15 @@ def load_exported(path: str | Path, device: str = "auto", precision: str = "auto
 
 
 def _check_network(forward: Forward, config: ModelConfig, num_priors: int, path: Path) -> None:
-    """Raises InputError unless the network takes an image of the configuration and returns offsets and logits of it."""
+    """Raises InputError unless the network returns offsets and logits for an image of the configured size."""
     shapes = [(1, num_priors, 4), (1, num_priors, len(config.classes) + 1)]
     try:
         outputs = forward(torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8))
-        found = [tuple(output.shape) for output in outputs if output.dtype == torch.float32]
+        actual = [tuple(output.shape) for output in outputs if output.dtype == torch.float32]
     except Exception as error:  # the runtimes' exceptions have no common class
         raise InputError(f"{path} does not run on an image of its configuration: {str(error)[:200]}") from error
-    if found != shapes:
-        raise InputError(f"{path} returns float32 outputs {found}, but its configuration needs {shapes}")
+    if actual != shapes:
+        raise InputError(f"{path} returns float32 outputs {actual}, but its configuration needs {shapes}")
 
 
 def _load_onnx(path: Path, precision: str) -> tuple[Forward, dict[str, str], str]:
@@ -122,7 +122,7 @@ def _load_onnx(path: Path, precision: str) -> tuple[Forward, dict[str, str], str
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
-        raise InputError(f"{path} is no ONNX file that can be read: {str(error)[:200]}") from error
+        raise InputError(f"{path} is not a readable ONNX file: {str(error)[:200]}") from error
     if [output.name for output in session.get_outputs()] != ["offsets", "logits"]:
         raise InputError(f"{path} includes decoding, for other programs: use the file of export.py --to onnx here")
 
@@ -144,7 +144,7 @@ def _load_openvino(path: Path, precision: str) -> tuple[Forward, dict[str, str],
         network = openvino.Core().read_model(path)
         compiled = openvino.compile_model(network, "CPU", hints)
     except RuntimeError as error:
-        raise InputError(f"{path} is no OpenVINO file that can be read: {str(error)[:200]}") from error
+        raise InputError(f"{path} is not a readable OpenVINO file: {str(error)[:200]}") from error
 
     def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A new request each time: the outputs of a shared one would be overwritten by other threads.

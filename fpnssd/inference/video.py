@@ -1,7 +1,7 @@
 """Reads video files and cameras frame by frame, and writes annotated ones as MP4.
 
-Needs PyAV: pip install av. A camera is camera:0 (the first one); on macOS also camera: and a device's name, on Windows
-only that.
+Needs PyAV: pip install av. A camera is camera:0 (the first one); on macOS also camera:NAME with the name of a device,
+on Windows only that.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def import_av() -> ModuleType:
 class Video:
     """An opened video file or camera, to be iterated over once: (frame, time) of each frame.
 
-    A frame is an RGB PIL image, upright; its time is in units of time_base, and later than that of the frame before.
+    A frame is an RGB PIL image, upright; its time is in units of time_base, and increases from frame to frame.
 
     Args:
         source: a file's path, or "camera:0".
@@ -66,7 +66,7 @@ class Video:
         except (av.FFmpegError, OSError) as error:
             raise DataError(f"video {source} cannot be opened: {error}") from error
         except IndexError:
-            raise DataError(f"video {source} has no pictures in it") from None
+            raise DataError(f"video {source} has no video stream") from None
         self._stream.thread_type = "AUTO"
         self.num_frames: int = self._stream.frames
         self.time_base: Fraction = self._stream.time_base
@@ -81,7 +81,7 @@ class Video:
                 for frame in self._container.decode(self._stream):
                     count += 1
                     image, before = frame.to_image(), time
-                    time = frame.pts  # which damaged and old files leave out, or give out of order
+                    time = frame.pts  # may be missing or out of order in damaged and old files
                     if before is not None and (time is None or time <= before):
                         time = before + (step if time is None else 1)
                     time = time or 0
@@ -89,14 +89,14 @@ class Video:
             except av.FFmpegError as error:
                 raise DataError(f"video {self.source} is damaged after frame {count}: {error}") from error
         if not count:
-            raise DataError(f"video {self.source} has no picture that can be read")
+            raise DataError(f"video {self.source} has no readable frame")
 
 
 @contextlib.contextmanager
 def write_video(path: Path, like: Video) -> Iterator[Callable[[Image.Image, int], None]]:
-    """For a with block: a function(image, time) that adds a frame to an MP4 file.
+    """A context manager that yields a function(image, time), which adds a frame to an MP4 file.
 
-    The file is there, whole, when the block ends; not if it raises, or adds no frame.
+    The complete file appears when the block ends; there is none if the block raises or adds no frame.
 
     Args:
         path: the file to write.
@@ -112,7 +112,7 @@ def write_video(path: Path, like: Video) -> Iterator[Callable[[Image.Image, int]
 
         def write(image: Image.Image, time: int) -> None:
             nonlocal container, stream
-            width, height = (side // 2 * 2 for side in image.size)  # encoders take even sides
+            width, height = (side // 2 * 2 for side in image.size)  # encoders need even sides
             if container is None:
                 temporary = stack.enter_context(atomic_write(path, "video"))
                 container = stack.enter_context(av.open(temporary, "w", format="mp4"))
