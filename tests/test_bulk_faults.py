@@ -174,3 +174,28 @@ def test_a_full_disk(cluster, expected, tmp_path):
         assert_complete(tmp_path / "disk", expected)
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_nothing_of_a_killed_command_outlives_it(tmp_path, in_archive):  # noqa: F811
+    """Processes of Ray, where the command itself started it, end by themselves: the last after 61 s on two cores."""
+    process = start(
+        "--images", "pictures", "--out", tmp_path, "--concurrency", "1", change=DEATHS["with the first rows"]
+    )
+    family = set()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            family |= set(psutil.Process(process.pid).children(recursive=True))
+        time.sleep(0.2)
+    status, output = finish(process)
+    assert status == -9, output
+    assert len(family) > 5
+    _, alive = psutil.wait_procs([member for member in family if is_running(member)], timeout=180)
+    assert not [member for member in alive if is_running(member)]
+
+
+def is_running(process):
+    """Whether a process runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
