@@ -285,7 +285,7 @@ def draw_batch(batch: dict[str, Any], classes: Sequence[str], columns: int = 4) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     description = "Draws augmented samples of a data list, as training will see them."
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description, formatter_class=HelpFormatter)
     parser.add_argument("list", help="a data list, such as data/voc2012/train.json")
     parser.add_argument("--preview", default="preview.png", metavar="PICTURE", help="file to write")
     parser.add_argument("--images", help="folder of the images, if not that of the data list")

@@ -34,6 +34,8 @@ from utils import HelpFormatter, InputError, check_outputs, error_message, whole
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.images and not Path(args.images).is_dir():
+            raise InputError(f"--images {args.images} is not a folder")
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images)
         check_outputs(outputs_of(args, data_list), inputs_of(args, data_list), args.overwrite)
         if args.compare:
@@ -65,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="checkpoint, or exported .onnx or .xml file"
     )
@@ -142,7 +146,9 @@ def get_detections(
         detections, problems = (read_parquet if is_folder else read_coco)(source, data_list, args.skip_bad)
         what = "images without detections" if is_folder else "rows left out"
         for problem, count in problems.items():
-            print(f"warning: {source}: {count} {what}: {problem}", file=sys.stderr)
+            print(f"warning: {source}: {what}: {count} x {problem}", file=sys.stderr)
+        if not any(len(result["scores"]) for result in detections):
+            print(f"warning: {source} has no detections in the images of {data_list.path}", file=sys.stderr)
         settings = {"detections": str(source), "data_list": data_list.path, "skipped": problems}
         return detections, {"settings": settings, "seconds": {"load": time.perf_counter() - start}}
     detector = load_detector(source, args.device, runtime_of(source), args.precision)

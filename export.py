@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("checkpoint", help="checkpoint to export")
     parser.add_argument("--to", nargs="+", choices=(*SUFFIXES, "fp16"), default=["onnx"], help="formats to write")
     parser.add_argument("--out", help="path to write, without suffix (default: beside the checkpoint)")

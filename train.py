@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> dic
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description=__doc__.split("\n\n")[0],
         epilog="fields for --set: " + ", ".join(f.name for f in fields(TrainConfig)),
     )

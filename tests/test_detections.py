@@ -95,8 +95,12 @@ def test_detections_come_in_any_order(tmp_path):
         ({"bbox": [1, 2, math.inf, 4]}, "bbox is not finite"),
         ({"bbox": [1, 2, -3, 4]}, "negative width or height"),
         ({"bbox": [1, 2, 3]}, "bbox is not four numbers"),
-        ({"bbox": ["1", 2, 3, 4]}, "not a dict of image_id"),
-        ({"score": None}, "not a dict of image_id"),
+        ({"bbox": ["1", 2, 3, 4]}, "bbox is not four numbers"),
+        ({"bbox": 5}, "bbox is not four numbers"),
+        ({"score": None}, "score is not a number"),
+        ({"score": "0.5"}, "score is not a number"),
+        ({"score": True}, "score is not a number"),
+        ({"image_id": [50]}, "image_id is not an id"),
         ({"image_id": 51}, "unknown image_id"),
         ({"category_id": 1}, "unknown category_id"),
         ({"file_name": "other/0.jpg"}, "file_name is not that of the image"),
@@ -109,6 +113,18 @@ def test_bad_detections_are_named_or_skipped(tmp_path, change, problem):
     (_, second), problems = read_coco(path, small_list(), skip_bad=True)
     assert len(second["scores"]) == 2
     assert list(problems.values()) == [1]
+
+
+def test_ids_may_be_texts_as_in_lists(tmp_path):
+    row = {**GOOD, "image_id": str(GOOD["image_id"]), "category_id": float(GOOD["category_id"])}
+    (_, second), problems = read_coco(write(tmp_path / "d.json", row), small_list())
+    assert (len(second["scores"]), problems) == (1, {})
+
+
+def test_a_file_of_bad_rows_alone_is_refused(tmp_path):
+    path = write(tmp_path / "d.json", {**GOOD, "image_id": 51}, {"image_id": 50})
+    with pytest.raises(DataError, match="1 x unknown image_id.*1 x category_id is missing.*No row is left to evaluate"):
+        read_coco(path, small_list(), skip_bad=True)
 
 
 @pytest.mark.parametrize(

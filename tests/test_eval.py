@@ -56,7 +56,7 @@ def test_at_scores_are_of_what_is_decoded_from_there_on(checkpoint, drawn, tmp_p
     assert 0 < counts[1] < counts[0]
     for name, row in above_cut["per_class"].items():
         assert row["at_scores"] == all_of_them["per_class"][name]["at_scores"][1:]
-    assert f"score > {cut:.2f}: precision " in capsys.readouterr().out
+    assert f"score > {cut:.4g}: precision " in capsys.readouterr().out
     assert f"precision above {cut:.2f}" in (tmp_path / "report.html").read_text()
 
 
@@ -101,10 +101,15 @@ def test_detections_are_saved_and_scored_again(checkpoint, drawn, tmp_path, caps
 
 def test_bad_detections_are_refused(checkpoint, drawn, tmp_path, capsys):
     (tmp_path / "d.json").write_text('[{"image_id": 99, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}]')
-    with pytest.raises(SystemExit, match=r"^eval: .*d\.json: 1 x unknown image_id.*--skip-bad"):
+    with pytest.raises(SystemExit, match=r"^eval: .*d\.json: 1 x unknown image_id.*No row is left"):
+        main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn), "--skip-bad"])
+    known = json.loads((drawn / "val.json").read_text())["images"][0]["id"]
+    rows = [{"image_id": k, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5} for k in (known, 99)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match=r"^eval: .*d\.json: 1 x unknown image_id, first row 2.*--skip-bad"):
         main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn)])
     main(["--detections", str(tmp_path / "d.json"), "--data", str(drawn), "--skip-bad"])
-    assert "d.json: 1 rows left out: unknown image_id" in capsys.readouterr().err
+    assert "d.json: rows left out: 1 x unknown image_id" in capsys.readouterr().err
 
 
 def test_a_list_without_objects_has_no_numbers(checkpoint, drawn, tmp_path, capsys):
@@ -179,5 +184,9 @@ def test_bad_files_are_named(checkpoint, tmp_path, drawn, monkeypatch):
     (tmp_path / "bad.pth.tar").write_text("x")
     with pytest.raises(SystemExit, match=r"bad\.pth\.tar is not a checkpoint"):
         main([str(tmp_path / "bad.pth.tar"), "--data", str(drawn)])
-    with pytest.raises(SystemExit, match=r"^eval: image nowhere/val_00000\.jpg is missing"):
-        main([str(checkpoint), "--data", str(drawn), "--images", "nowhere", "--workers", "1"])
+    with pytest.raises(SystemExit, match="^eval: --images nowhere is not a folder"):
+        main([str(checkpoint), "--data", str(drawn), "--images", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^eval: image .*val_00000\.jpg is missing"):
+        main([str(checkpoint), "--data", str(drawn), "--images", str(tmp_path), "--workers", "1"])
+    with pytest.raises(SystemExit, match=r"--data is the folder of a data list: --data .* --split val"):
+        main([str(checkpoint), "--data", str(drawn / "val.json")])

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -306,3 +307,22 @@ def test_random_cases_against_the_references(cases):
             expected = pycocotools_numbers(objects, detections)
             for name, value in zip(COCO_NAMES, expected, strict=True):
                 assert metrics[name] == (None if value is None else pytest.approx(value, abs=1e-12)), name
+
+
+def test_classes_without_a_detection_above_the_best_threshold_are_named(tmp_path):
+    """Three of class a with a score of 0.9, one of class b with 0.2, beside four false ones of b."""
+    boxes = [[10.0 * k, 0.0, 10.0 * k + 8, 8.0] for k in range(8)]
+    content = {
+        "images": [{"id": 1, "file_name": "x.jpg", "height": 100, "width": 100}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}],
+        "annotations": [
+            {"id": k, "image_id": 1, "category_id": 1 + (k == 3), "bbox": [boxes[k][0], 0, 8, 8], "iscrowd": 0}
+            for k in range(4)
+        ],
+    }
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    scores, labels = [0.9] * 3 + [0.2] + [0.3] * 4, [1] * 3 + [2] * 5
+    detections = [{"boxes": torch.tensor(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(labels)}]
+    best = compute_metrics(DataList.load(tmp_path / "list.json"), detections)["best_f1"]
+    assert best["missed_classes"] == ["b"]  # c has no objects
+    assert best["recall"] == 0.75

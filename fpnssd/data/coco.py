@@ -53,6 +53,8 @@ def read_coco_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder: pass its JSON files of annotations") from None
     except RecursionError:
         raise DataError(f"{path} is not a COCO JSON file: it is nested too deeply") from None
     except ValueError as error:  # of the JSON, or of its encoding

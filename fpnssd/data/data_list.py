@@ -167,7 +167,10 @@ class DataList:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no data list {str(path)!r}: python create_data_lists.py creates one")
+            hint = "python create_data_lists.py creates one"
+            if path.parent.is_file():
+                hint = f"--data is the folder of a data list: --data {path.parent.parent} --split {path.parent.stem}"
+            raise FileNotFoundError(f"no data list {str(path)!r}: {hint}")
         if path.stat().st_size < ARRAYS_FROM:
             return cls._from_json(path, images)
         arrays_file, file_hash = path.with_suffix(".arrays"), hash_file(path)

@@ -27,7 +27,9 @@ LITTLE_VISIBLE = 0.35  # below this share of its pixels an object is difficult
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("--out", default="data/synthetic_voc", help="folder to write")
     parser.add_argument("--train", type=int, default=300, help="number of images for training")
     parser.add_argument("--val", type=int, default=60, help="number of images for evaluation")

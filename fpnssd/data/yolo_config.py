@@ -133,7 +133,8 @@ def read_config(path: Path) -> YoloConfig:
     if path.is_dir():
         path = _config_in(path)
     elif not path.is_file():
-        raise DataError(f"{path} is missing")
+        hint = f"; pass the folder, {root}, which has other files than data.yaml" if root.is_dir() else ""
+        raise DataError(f"{path} is missing{hint}")
     if path.suffix == ".data":
         return _read_darknet(path)
     if path.suffix in (".txt", ".names"):

@@ -80,9 +80,9 @@ def chart_gains(data_list: DataList, ranked: Ranked, errors: Errors) -> Chart:
         as_svg(figure),
         "Bars: " + ", ".join(f"{name} errors {percent(gain)} points" for name, gain in gains.items()),
         "VOC2010 AP at IoU 0.5 gained by correcting one type of error and no other, as TIDE defines them "
-        "(arXiv:2008.08016). The types do not add up to 100. Detections count from the score threshold of the "
-        "evaluation (0.01) on, so objects that are detected with low scores are "
-        "not missed here, though the recall at 0.40 is low.",
+        "(arXiv:2008.08016). The types do not add up to 100. All detections that were "
+        "evaluated count (a model's from a score of 0.01 on, a file's all), so objects that are detected with low "
+        "scores are not missed here, though the recall at 0.40 is low.",
         ("error", "points", "number", "what it is"),
         [(name, f"{100 * gains[name]:.2f}", counts[name], text) for name, text in error_analysis.ERROR_TYPES.items()],
     )

@@ -47,8 +47,9 @@ def compute_metrics(
     Returns:
         Numbers in 0..1 by name: voc2007_ap50, voc2010_ap50 and the like for other IoU thresholds, COCO_NAMES; means are
         over the classes that have objects, and a number is None where there is no ground truth for it. Besides:
-        best_f1 and at_scores (see scores_at) over all classes, images, objects, and per_class, a dict by class name of
-        dicts with these numbers and objects, difficult, detections.
+        best_f1 (with missed_classes, which have no true positive) and at_scores (see scores_at) over all classes,
+        images, objects, and per_class, a dict by class name of dicts with these numbers and objects, difficult,
+        detections.
     """
     ranked = detections if isinstance(detections, Ranked) else rank(data_list, detections)
     coco, coco_per_class = coco_metrics(data_list, ranked)
@@ -72,10 +73,18 @@ def compute_metrics(
         }
     names = [voc_name(year, threshold) for threshold in iou_thresholds for year in (2007, 2010)]
     of_all = (ranked.scores, statuses[0.5], int(data_list.counted.sum()))
+    best = best_f1(*of_all)
+    if best:
+        above = is_above(ranked.scores, best["min_score"])
+        best["missed_classes"] = [
+            name
+            for label, name in enumerate(data_list.classes, start=1)
+            if per_class[name]["objects"] and not (above & (statuses[0.5] == 1))[ranked.of(label)].any()
+        ]
     return {
         **{name: mean_of_known(row[name] for row in per_class.values()) for name in names},
         **coco,
-        "best_f1": best_f1(*of_all),
+        "best_f1": best,
         "at_scores": [scores_at(*of_all, min_score) for min_score in min_scores],
         "images": len(data_list),
         "objects": of_all[2],

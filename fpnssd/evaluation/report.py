@@ -61,13 +61,22 @@ def write_report(path: str | Path, data_list: DataList, ranked: Ranked, metrics:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent}
+    false_positives = picture_false_positives(data_list, ranked, errors)
+    missed = picture_missed(data_list, ranked, errors)
+    unread = [entry["file_name"] for entry in (*false_positives, *missed) if entry["image"] is None]
+    if unread:
+        count = len(false_positives) + len(missed)
+        reason = "cannot be read; --images names the folder of the images"
+        print(
+            f"warning: {path}: {len(unread)} of {count} pictures, the first of {unread[0]}, {reason}", file=sys.stderr
+        )
     html = environment.get_template("report_template.html").render(
         metrics=metrics,
         protocols=PROTOCOLS,
         data_list=data_list,
         charts=all_charts(data_list, ranked, errors, metrics),
-        false_positives=picture_false_positives(data_list, ranked, errors),
-        missed=picture_missed(data_list, ranked, errors),
+        false_positives=false_positives,
+        missed=missed,
         min_score=DETECTION.min_score,
         colours={"detection": ORANGE, "object": BLUE},
         today=date.today().isoformat(),
@@ -170,7 +179,7 @@ def view_around(box: Sequence[float] | np.ndarray, size: tuple[int, int]) -> tup
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draws RUN/curves.png from RUN/log.csv.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Draws RUN/curves.png from RUN/log.csv.")
     parser.add_argument("run", type=Path, help="folder of a run, such as runs/lite")
     args = parser.parse_args(argv)
     try:

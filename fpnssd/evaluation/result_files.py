@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fpnssd.data.coco import parse_id
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
 from utils import write_text
@@ -124,37 +125,49 @@ def read_coco(
             continue
         x, y, width, height = row["bbox"]
         box = (x, y, x + width, y + height)
-        kept[row_of[row["image_id"]]].append((row["score"], box, label_of[row["category_id"]]))
-    if problems and not skip_bad:
+        label = label_of[parse_id(row["category_id"])]
+        kept[row_of[parse_id(row["image_id"])]].append((row["score"], box, label))
+    if problems and (not skip_bad or problems.total() == len(rows)):
         reasons = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
         categories = ", ".join(f"{k} {name}" for k, name in zip(data_list.category_ids, data_list.classes, strict=True))
         raise DataError(
             f"{path}: {reasons}. {data_list.path} has {len(data_list)} images (ids {_examples(row_of)}) and the "
-            f"categories {categories:.300}. --skip-bad evaluates the rest"
+            f"categories {categories:.300}. "
+            + ("No row is left to evaluate" if problems.total() == len(rows) else "--skip-bad evaluates the rest")
         )
     return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in kept], dict(problems)
 
 
 def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int, int], data_list: DataList) -> str | None:
     """What is wrong with a detection, or None."""
-    try:
-        numbers = [*row["bbox"], row["score"]]
-        if len(numbers) != 5:
-            return "bbox is not four numbers"
-        for name, number in zip(("bbox", "bbox", "bbox", "bbox", "score"), numbers, strict=True):
-            if not abs(number) < 1e300:  # NaN, infinite, or an integer that no float can hold
-                return f"{name} is not finite"
-        if numbers[2] < 0 or numbers[3] < 0:
-            return "negative width or height"
-        if row["image_id"] not in row_of:
-            return "unknown image_id"
-        if row["category_id"] not in label_of:
-            return "unknown category_id"
-        if "file_name" in row and not same_file(str(row["file_name"]), data_list.file_names[row_of[row["image_id"]]]):
-            return "file_name is not that of the image with this image_id, so the ids are those of another list"
-    except (KeyError, TypeError):
+    if not isinstance(row, dict):
         return "not a dict of image_id, category_id, bbox, score"
+    for name in ("image_id", "category_id", "bbox", "score"):
+        if name not in row:
+            return f"{name} is missing"
+    if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4 or not all(map(_is_number, row["bbox"])):
+        return "bbox is not four numbers"
+    if not _is_number(row["score"]):
+        return "score is not a number"
+    for name, numbers in (("bbox", row["bbox"]), ("score", [row["score"]])):
+        if not all(abs(number) < 1e300 for number in numbers):  # NaN, infinite, or an integer that no float can hold
+            return f"{name} is not finite"
+    if row["bbox"][2] < 0 or row["bbox"][3] < 0:
+        return "negative width or height"
+    for name, known in (("image_id", row_of), ("category_id", label_of)):
+        try:
+            if parse_id(row[name]) not in known:
+                return f"unknown {name}"
+        except ValueError:
+            return f"{name} is not an id"
+    file_name = data_list.file_names[row_of[parse_id(row["image_id"])]]
+    if "file_name" in row and not same_file(str(row["file_name"]), file_name):
+        return "file_name is not that of the image with this image_id, so the ids are those of another list"
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def same_file(first: str, second: str) -> bool:

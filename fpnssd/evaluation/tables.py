@@ -23,8 +23,13 @@ def format_table(metrics: dict[str, Any]) -> str:
     best = metrics["best_f1"]
     for row in [*metrics["at_scores"], *filter(None, [best])]:
         lines.append(
-            f"score > {row['min_score']:.2f}: precision {percent(row['precision'])}, recall {percent(row['recall'])}, "
+            f"score > {row['min_score']:.4g}: precision {percent(row['precision'])}, recall {percent(row['recall'])}, "
             f"F1 {percent(row['f1'])}{' (the highest F1)' if row is best else ''}"
+        )
+    if best and best["missed_classes"]:
+        names = ", ".join(best["missed_classes"])
+        lines.append(
+            f"note: above {best['min_score']:.4g} no object of {names} is found; a lower threshold may show some"
         )
     if metrics["objects"] == 0:
         lines.append("the data list has no objects: there is nothing to score against")

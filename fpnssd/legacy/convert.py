@@ -37,7 +37,7 @@ ALLOWED = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("old", help="the original project's file")
     parser.add_argument("new", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="also replace a file that this program did not write")

@@ -150,6 +150,6 @@ def format_choices(choices: list[Choice], config: TrainConfig) -> str:
     for choice in choices:
         value = getattr(config, choice.field)
         reason = choice.reason if value == choice.value else f"given, instead of {choice.value}"
-        rows.append((choice.field, str(value) or "none", reason))
+        rows.append((choice.field, "no limit" if value == MANY_EPOCHS else str(value) or "none", reason))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {reason}" for name, value, reason in rows)

@@ -115,9 +115,7 @@ def format_settings(
         *_changed_fields(config),
     ]
     augment = config.augment
-    if config.minutes and (augment.mosaic or augment.copy_paste) and augment.close_epochs:
-        lines.append("note: mosaic and copy-paste stay on to the end: close_epochs counts from the last of --epochs")
-    elif (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
+    if (augment.mosaic or augment.copy_paste) and augment.close_epochs >= config.epochs:
         lines.append(
             f"note: no mosaic and no copy-paste: the last {augment.close_epochs} epochs (close_epochs) have none"
         )
