@@ -92,7 +92,7 @@ def test_a_report_holds_everything_in_one_file(report):
     assert "12.3 – 45.6" in html
 
 
-def test_names_are_text_in_a_report(tmp_path):
+def test_names_are_text_in_a_report(tmp_path, capsys):
     """A class or file called like markup or mathematics is shown as it is."""
     objects = [[((10, 10, 110, 110), 1, False, False), ((150, 150, 250, 250), 2, False, False)]]
     data_list = make_list(objects)
@@ -107,6 +107,9 @@ def test_names_are_text_in_a_report(tmp_path):
     assert "&lt;script&gt;" in html
     # The photograph is not there: the mistake is still told, and why it is not shown.
     assert "not shown: image" in html
+    assert re.search(
+        r"r\.html: (\d) of \1 pictures, the first of <img src=x>\.jpg, cannot be read", capsys.readouterr().err
+    )
 
 
 def test_reports_of_nothing(tmp_path):
