@@ -396,19 +396,19 @@ def test_giou_of_enormous_offsets_is_finite():
 
 def test_resnet50_learns_a_fixed_batch():
     torch.manual_seed(0)
-    model = FPNSSD(ModelConfig(classes=("a", "b"), image_size=128), backbone_weights="none")
-    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    model = FPNSSD(ModelConfig(classes=("a", "b"), image_size=64), backbone_weights="none")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     batch = make_batch(
         [[((0.1, 0.1, 0.5, 0.6), 1, 0, 0), ((0.6, 0.5, 0.7, 0.6), 2, 0, 0)], [((0, 0, 0.9, 0.9), 2, 0, 0)]]
     )
     loss = MultiBoxLoss(model.priors)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     values = []
-    for _ in range(20):
+    for _ in range(10):
         terms = loss_of_batch(loss, *model(images), batch)
         total = terms["box"] + terms["class"]
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         values.append(total.item())
-    assert sum(values[-5:]) < 0.9 * sum(values[:5])
+    assert sum(values[-3:]) < 0.9 * sum(values[:3])
