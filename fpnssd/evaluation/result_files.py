@@ -113,7 +113,7 @@ def read_coco(
     if not isinstance(rows, list):
         raise DataError(f"{path} is not a list of detections in the COCO results format, but a {type(rows).__name__}")
     row_of = {data_list.image_id(index): index for index in range(len(data_list))}
-    label_of = {category_id: label for label, category_id in enumerate(data_list.category_ids, start=1)}
+    label_of: dict[int | str, int] = {key: label for label, key in enumerate(data_list.category_ids, start=1)}
     kept: list[list[tuple[float, tuple[float, ...], int]]] = [[] for _ in range(len(data_list))]
     problems: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -138,7 +138,7 @@ def read_coco(
     return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in kept], dict(problems)
 
 
-def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int, int], data_list: DataList) -> str | None:
+def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int | str, int], data_list: DataList) -> str | None:
     """What is wrong with a detection, or None."""
     if not isinstance(row, dict):
         return "not a dict of image_id, category_id, bbox, score"
