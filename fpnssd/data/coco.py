@@ -82,11 +82,11 @@ def stream_coco_json(path: Path) -> dict[str, Any]:
         path: the file, which is read several times.
 
     Returns:
-        As read_coco_json, but `annotations` is an iterator.
+        As read_coco_json, but `images` and `annotations` are iterators.
 
     Raises:
         ijson.JSONError: the file is not JSON, is not UTF-8, or has no images or categories; also raised while iterating
-            over the annotations.
+            over them.
     """
 
     def entries(prefix: str) -> Iterator[Any]:
@@ -94,9 +94,9 @@ def stream_coco_json(path: Path) -> dict[str, Any]:
             yield from ijson.items(file, prefix, use_float=True)
 
     keys = ("file_name", "height", "width", "id", "apply_exif")
-    images = [{key: entry[key] for key in keys if key in entry} for entry in entries("images.item")]
+    images = ({key: entry[key] for key in keys if key in entry} for entry in entries("images.item"))
     categories, info = list(entries("categories.item")), next(entries("info"), None)
-    if not images or not categories:
+    if next(entries("images.item"), None) is None or not categories:
         raise ijson.JSONError(f"{path} has no images or no categories")
     info = info if isinstance(info, dict) else {}
     return {"info": info, "images": images, "annotations": entries("annotations.item"), "categories": categories}

@@ -202,7 +202,7 @@ class DataList:
         Args:
             path: where the content is, for messages and for a relative `image_root`.
             content: with `images`, `annotations`, `categories` and `info`, as `create_data_lists.to_coco` makes it.
-                The annotations may be an iterator, of which PART at a time are in memory.
+                Images and annotations may be iterators; PART annotations at a time are in memory.
             images: overrides info.image_root.
 
         Raises:
@@ -215,10 +215,18 @@ class DataList:
                 raise DataError(f"{path}: category {category} must have an id, a whole number from 0, and a name")
         category_ids = tuple(category["id"] for category in content["categories"])
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
-        row_of = {image["id"]: row for row, image in enumerate(content["images"])}
-        if len(row_of) != len(content["images"]) or len(label_of) != len(category_ids):
+        image_ids, names, sides, flags = [], [], [], []
+        for image in content["images"]:
+            image_ids.append(image["id"])
+            names.append(image["file_name"])
+            sides.append((image["height"], image["width"]))
+            flags.append(bool(parse_flag(image.get("apply_exif"))))
+        row_of = {image_id: row for row, image_id in enumerate(image_ids)}
+        if len(row_of) != len(image_ids) or len(label_of) != len(category_ids):
             raise DataError(f"{path} gives the same id to two images or categories")
-        sizes = np.array([(i["height"], i["width"]) for i in content["images"]], dtype=np.int32).reshape(-1, 2)
+        file_names, apply_exif = Strings.of(names), np.array(flags, dtype=bool)
+        sizes = np.array(sides, dtype=np.int32).reshape(-1, 2)
+        del names, sides, flags  # hundreds of megabytes for a million images
         annotations = iter(content["annotations"])
         parts = iter(lambda: list(islice(annotations, PART)), [])
         columns = [_object_columns(path, part, row_of, label_of, sizes) for part in parts]
@@ -229,7 +237,6 @@ class DataList:
         def column(name: str) -> np.ndarray:
             return np.concatenate([part.pop(name) for part in columns])[order]
 
-        image_ids = [image["id"] for image in content["images"]]
         whole = all(isinstance(image_id, int) for image_id in image_ids)
         boxes, areas, truncated = column("boxes"), column("areas"), column("truncated")
         box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
@@ -240,10 +247,10 @@ class DataList:
             image_root=Path(images) if images else path.parent / content["info"].get("image_root", "."),
             classes=tuple(category["name"] for category in content["categories"]),
             category_ids=category_ids,
-            file_names=Strings.of([image["file_name"] for image in content["images"]]),
+            file_names=file_names,
             image_ids=np.array(image_ids, dtype=np.int64) if whole else Strings.of(map(str, image_ids)),
             sizes=sizes,
-            apply_exif=np.array([bool(parse_flag(i.get("apply_exif"))) for i in content["images"]], dtype=bool),
+            apply_exif=apply_exif,
             first=np.searchsorted(rows[order], np.arange(len(row_of) + 1)),
             boxes=boxes,
             labels=column("labels"),
