@@ -84,3 +84,20 @@ def test_imports_inside_of_functions_are_of_optional_packages(name):
         imported += [node.module] if isinstance(node, ast.ImportFrom) else []
         for module in imported:
             assert {module, module.partition(".")[0]} & OPTIONAL, f"{name} imports {module} on line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("create_data_lists", ["--yolo", "x", "--out", "y", "--val-shar", "0.1"]),
+        ("train", ["--minut", "5"]),
+        ("eval", ["--min-scor", "0.4"]),
+        ("detect", ["x.jpg", "--min-scor", "0.4"]),
+        ("export", ["--to", "onnx", "--preci", "fp32"]),
+        ("bulk_detect", ["--images", "x", "--out", "y", "--min-scor", "0.4"]),
+    ],
+)
+def test_options_are_not_abbreviated(script, arguments, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(arguments)
+    assert f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err

@@ -133,8 +133,7 @@ def read_config(path: Path) -> YoloConfig:
     if path.is_dir():
         path = _config_in(path)
     elif not path.is_file():
-        hint = f"; pass the folder, {root}, which has other files than data.yaml" if root.is_dir() else ""
-        raise DataError(f"{path} is missing{hint}")
+        raise DataError(f"{path} is missing; --yolo also takes a folder with data.yaml, obj.data or classes.txt")
     if path.suffix == ".data":
         return _read_darknet(path)
     if path.suffix in (".txt", ".names"):

@@ -75,11 +75,11 @@ def compute_metrics(
     of_all = (ranked.scores, statuses[0.5], int(data_list.counted.sum()))
     best = best_f1(*of_all)
     if best:
-        above = is_above(ranked.scores, best["min_score"])
+        found = is_above(ranked.scores, best["min_score"]) & (statuses[0.5] == 1)
         best["missed_classes"] = [
             name
             for label, name in enumerate(data_list.classes, start=1)
-            if per_class[name]["objects"] and not (above & (statuses[0.5] == 1))[ranked.of(label)].any()
+            if per_class[name]["objects"] and not found[ranked.of(label)].any()
         ]
     return {
         **{name: mean_of_known(row[name] for row in per_class.values()) for name in names},

@@ -118,15 +118,14 @@ def read_coco(
     problems: Counter[str] = Counter()
     first: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        problem = _problem(row, row_of, label_of, data_list)
-        if problem:
-            problems[problem] += 1
-            first.setdefault(problem, f"row {number}, {json.dumps(row):.200}")
+        try:
+            index, label = _parse_row(row, row_of, label_of, data_list)
+        except ValueError as problem:
+            problems[str(problem)] += 1
+            first.setdefault(str(problem), f"row {number}, {json.dumps(row):.200}")
             continue
         x, y, width, height = row["bbox"]
-        box = (x, y, x + width, y + height)
-        label = label_of[parse_id(row["category_id"])]
-        kept[row_of[parse_id(row["image_id"])]].append((row["score"], box, label))
+        kept[index].append((row["score"], (x, y, x + width, y + height), label))
     if problems and (not skip_bad or problems.total() == len(rows)):
         reasons = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
         categories = ", ".join(f"{k} {name}" for k, name in zip(data_list.category_ids, data_list.classes, strict=True))
@@ -138,32 +137,43 @@ def read_coco(
     return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in kept], dict(problems)
 
 
-def _problem(row: Any, row_of: dict[Any, int], label_of: dict[int | str, int], data_list: DataList) -> str | None:
-    """What is wrong with a detection, or None."""
+def _parse_row(
+    row: Any, row_of: dict[Any, int], label_of: dict[int | str, int], data_list: DataList
+) -> tuple[int, int]:
+    """The row of a detection's image in the data list, and its label.
+
+    Raises:
+        ValueError: what is wrong with the detection.
+    """
     if not isinstance(row, dict):
-        return "not a dict of image_id, category_id, bbox, score"
+        raise ValueError("not a dict of image_id, category_id, bbox, score")
     for name in ("image_id", "category_id", "bbox", "score"):
         if name not in row:
-            return f"{name} is missing"
-    if not isinstance(row["bbox"], list) or len(row["bbox"]) != 4 or not all(map(_is_number, row["bbox"])):
-        return "bbox is not four numbers"
-    if not _is_number(row["score"]):
-        return "score is not a number"
-    for name, numbers in (("bbox", row["bbox"]), ("score", [row["score"]])):
+            raise ValueError(f"{name} is missing")
+    bbox, score = row["bbox"], row["score"]
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        raise ValueError("bbox is not four numbers")
+    if not _is_number(score):
+        raise ValueError("score is not a number")
+    for name, numbers in (("bbox", bbox), ("score", [score])):
         if not all(abs(number) < 1e300 for number in numbers):  # NaN, infinite, or an integer that no float can hold
-            return f"{name} is not finite"
-    if row["bbox"][2] < 0 or row["bbox"][3] < 0:
-        return "negative width or height"
-    for name, known in (("image_id", row_of), ("category_id", label_of)):
-        try:
-            if parse_id(row[name]) not in known:
-                return f"unknown {name}"
-        except ValueError:
-            return f"{name} is not an id"
-    file_name = data_list.file_names[row_of[parse_id(row["image_id"])]]
-    if "file_name" in row and not same_file(str(row["file_name"]), file_name):
-        return "file_name is not that of the image with this image_id, so the ids are those of another list"
-    return None
+            raise ValueError(f"{name} is not finite")
+    if bbox[2] < 0 or bbox[3] < 0:
+        raise ValueError("negative width or height")
+    index, label = _look_up(row, "image_id", row_of), _look_up(row, "category_id", label_of)
+    if "file_name" in row and not same_file(str(row["file_name"]), data_list.file_names[index]):
+        raise ValueError("file_name is not that of the image with this image_id, so the ids are those of another list")
+    return index, label
+
+
+def _look_up(row: dict[str, Any], name: str, known: dict[Any, int]) -> int:
+    try:
+        key = parse_id(row[name])
+    except ValueError:
+        raise ValueError(f"{name} is not an id") from None
+    if key not in known:
+        raise ValueError(f"unknown {name}")
+    return known[key]
 
 
 def _is_number(value: Any) -> bool:

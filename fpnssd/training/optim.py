@@ -154,9 +154,8 @@ def load_weights(model: FPNSSD, other: FPNSSD) -> str:
     new = [name for name, row in zip(names, rows, strict=True) if row < 0]
     dropped = sorted(set(other.config.classes) - set(model.config.classes))
     summary = f"weights copied to {len(target) - len(left_out)} of {len(target)} tensors"
-    summary += (
-        f", in class heads for {sum(row >= 0 for row in rows)} of {len(names)} classes with background" if new else ""
-    )
+    common = [name for name, row in zip(names, rows, strict=True) if row >= 0]
+    summary += f", in class heads those of {', '.join(common)}" if new else ""
     summary += f"; not copied, missing or of another shape: {', '.join(left_out[:8])}" if left_out else ""
     summary += f"; classes with new weights: {', '.join(new)}" if new else ""
     return summary + (f"; classes that are dropped: {', '.join(dropped)}" if dropped else "")
