@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         with sigterm_as_ctrl_c(), outputs:
             run(sources, predict_fn, outputs, args.batch_size)
+        outputs.print_total()
     except (InputError, OSError) as error:
         sys.exit(f"detect: {error_message(error)}")
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ Ctrl-C, or a scheduler's SIGTERM, saves and stops after the current step; a seco
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -139,12 +140,14 @@ class Trainer:
         self.folder = RunFolder(config, lists, self.step_images)
         if distributed.is_main():
             print(setup.format_settings(config, device, model, lists, (self.batch_size, self.accumulate)))
-        if resume:
-            self.folder.load(self.state)
+        limit_before = self.folder.load(self.state) if resume else 0
         self.folder.prepare()
-        self.folder.write_log(self.state)
         # A training that ran out of time ended within an epoch, which has a row in the log nevertheless.
         ended_early = self.state.step < len(self.state.log) * self.steps_per_epoch
+        if ended_early and (config.minutes or math.inf) > limit_before:  # with more time that epoch goes on
+            self.state.seconds = self.state.log.pop()["seconds"]
+            ended_early = False
+        self.folder.write_log(self.state)
         self.finished = len(self.state.log) >= config.epochs or ended_early
 
         self.criterion = setup.make_loss(config, model)

@@ -72,7 +72,7 @@ def run(name, args):
     }  # fmt: skip
     asked = {key: str(value) for key, value in asked.items()}
     train_path, test_path = make_lists(name, args)
-    run_name = f"own_{name}_{time.strftime('%H%M%S')}"
+    run_name = f"own_{name}_{time.strftime('%H%M%S')}_{os.getpid()}"  # two may start in the same second
     taken = train_process(run_name, train_path, args)
     checkpoint = load_checkpoint(Path("runs") / run_name / "last.pth.tar")
     row = {**asked, "run": run_name, "images": len(DataList.load(train_path)), **taken}

@@ -95,6 +95,11 @@ def test_command_line(folder, tmp_path, capsys):
     lines = [line for line in printed.out.splitlines() if line.startswith("  ")]
     assert lines
     assert all(line.split()[0] in ("cat", "dog") for line in lines)
+    counts = {name: sum(line.startswith(f"  {name} ") for line in lines) for name in ("cat", "dog")}
+    total = printed.out.splitlines()[-1]
+    assert total.startswith("2 images: ")
+    assert total.endswith("; 2 failed")
+    assert all((f"{name} {count}" in total) == (count > 0) for name, count in counts.items())
 
 
 def test_photographs_are_never_overwritten(folder, tmp_path):

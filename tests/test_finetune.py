@@ -165,6 +165,9 @@ def test_minutes_end_a_training_within_an_epoch(drawn, in_tmp, monkeypatch, caps
     train(tiny_config(drawn, minutes=180.5 / 60, epochs=1000, eval_every=1000), resume=True, started=70.0)
     assert "nothing left to do" in capsys.readouterr().out
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 7
+    train(tiny_config(drawn, minutes=361 / 60, epochs=1000, eval_every=1000), resume=True, started=70.0)
+    last = load_checkpoint("runs/tiny/last.pth.tar")
+    assert (last["step"], last["elapsed"], last["log"][-1]["step"]) == (25, 250, 25)
 
 
 def test_a_resumed_training_keeps_to_what_is_left(drawn, in_tmp, monkeypatch):
@@ -205,10 +208,10 @@ def test_missed_objects_are_white_in_the_contact_sheet(in_tmp):
         Image.new("RGB", (100, 100), (90, 90, 90)).save(f"data/{number}.jpg")
     data_list = DataList.load("data/train.json")
     found = {"boxes": torch.tensor([[10.0, 10, 50, 50]]), "scores": torch.tensor([0.6]), "labels": torch.tensor([1])}
-    sheet = draw_detections(data_list, [found] * 3, min_score=0.5, count=3, columns=2, side=100)
+    sheet = draw_detections(data_list, [found] * 3, min_score=0.5, count=3, side=100)
     assert sheet.size == (200, 200)
     assert sheet.getpixel((10, 30)) != (255, 255, 255)
-    sheet = draw_detections(data_list, [found] * 3, min_score=0.7, count=3, columns=2, side=100)
+    sheet = draw_detections(data_list, [found] * 3, min_score=0.7, count=3, side=100)
     assert sheet.getpixel((10, 30)) == (255, 255, 255)
     assert sheet.getpixel((110, 30)) == (255, 255, 255)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -86,6 +87,8 @@ class Outputs:
 
     Attributes:
         failures: images and videos that failed.
+        images: images written; the frames of a video do not count.
+        objects: how many objects of each class were detected in them.
 
     Raises:
         InputError: before anything is written, for an output that would replace an input or a file of the user's.
@@ -100,6 +103,7 @@ class Outputs:
         yolo_scores: bool = True,
     ) -> None:
         self.paths, self.yolo_scores, self.failures = paths, yolo_scores, 0
+        self.images, self.objects = 0, Counter[str]()
         self._overwrite, self._inputs = overwrite, file_ids(inputs)
         for path in (paths.pictures / name for name in names if paths.pictures):
             if file_ids([path]) & self._inputs:
@@ -198,7 +202,15 @@ class Outputs:
                     check_outputs([("picture", path)], self._inputs, self._overwrite)
                     save_picture(path, crop)
         if frame is None:
+            self.images += 1
+            self.objects.update(detections.names)
             self.print("\n".join([shown, *(f"  {line}" for line in describe(detections))]))
+
+    def print_total(self) -> None:
+        """Prints how many objects of each class several images have, most frequent first."""
+        if self.images > 1:
+            classes = ", ".join(f"{name} {count}" for name, count in self.objects.most_common()) or "no objects"
+            self.print(f"{self.images} images: {classes}" + (f"; {self.failures} failed" if self.failures else ""))
 
     def _check(self, kind: str, path: Path, frame: dict[str, float] | None) -> None:
         """Checks a file of a video's frame; those of images were checked before any work."""

@@ -175,8 +175,11 @@ class RunFolder:
             writer.writerows(state.log)
             try_to_save(self.path / "log.csv", lambda: write_text(self.path / "log.csv", text.getvalue()))
 
-    def load(self, state: TrainState) -> None:
+    def load(self, state: TrainState) -> float:
         """Loads last.pth.tar into a state of the same shapes, and prints changes of the configuration.
+
+        Returns:
+            The limit in minutes that the training had; 0 for none.
 
         Raises:
             InputError: if it is missing or damaged, or belongs to another training.
@@ -196,6 +199,7 @@ class RunFolder:
             print(f"resuming {path} at step {state.step}")
             for change in changes:
                 print(f"  changed: {change}")
+        return checkpoint["train_config"].get("minutes", 0)
 
     def _compare(self, checkpoint: dict, state: TrainState) -> list[str]:
         """Notes such as "lr 0.001 -> 0.01"; raises an InputError if the training cannot continue."""

@@ -25,22 +25,22 @@ def draw_detections(
     detections: list[dict[str, torch.Tensor]],
     min_score: float = VAL_MIN_SCORE,
     count: int = VAL_IMAGES,
-    columns: int = 4,
     side: int = 300,
 ) -> Image.Image:
-    """Images of a list, evenly spaced, with their detections, and the missed objects in white.
+    """A grid of images of a list, evenly spaced, with their detections, and the missed objects in white.
 
     Args:
         data_list: the images and their objects.
         detections: of all its images.
         min_score: score threshold.
         count: maximum number of images.
-        columns: of the grid.
         side: of one image in it, in pixels.
     """
-    rows = evenly_spaced(len(data_list), count)
-    grid = Image.new("RGB", (columns * side, math.ceil(len(rows) / columns) * side))
-    for place, index in enumerate(rows):
+    shown = evenly_spaced(len(data_list), count)
+    num_rows = max(1, round(math.sqrt(0.75 * len(shown))))  # about 4:3
+    columns = math.ceil(len(shown) / num_rows)
+    grid = Image.new("RGB", (columns * side, num_rows * side))
+    for place, index in enumerate(shown):
         kept = above_score(detections[index]["scores"], min_score)
         boxes, scores, labels = (detections[index][name][kept] for name in ("boxes", "scores", "labels"))
         height, width = data_list.sizes[index].tolist()

@@ -116,7 +116,7 @@ class ProgressLogger:
         if len(data_list):
             self._add_picture("val", f"val_{row['epoch']:03}.jpg", draw_detections(data_list, detections), row["step"])
             if row["best_min_score"] is not None:
-                sheet = draw_detections(data_list, detections, row["best_min_score"], SHEET_IMAGES, columns=6)
+                sheet = draw_detections(data_list, detections, row["best_min_score"], SHEET_IMAGES)
                 try_to_save(self.folder / "val.jpg", lambda: sheet.save(self.folder / "val.jpg"))
         scores = {name: value for name, value in row.items() if name.startswith(("voc", "coco")) and value is not None}
         self._add_scalars({f"val/{name}": value for name, value in scores.items()}, row["step"])

@@ -152,7 +152,7 @@ def format_end(config: TrainConfig, folder: Path, best: float | None, log: list[
     row = next((row for row in log if best is not None and row.get("voc2007_ap50") == best), {})
     score = f" (epoch {row['epoch']}, AP50 {100 * best:.1f})" if row and best is not None else ""
     threshold = row.get("best_min_score")  # the score threshold of the highest F1
-    threshold = f" --min-score {threshold:.2f}" if threshold is not None else ""
+    threshold = f" --min-score {threshold:.4g}" if threshold is not None else ""
     split = "" if config.val_split == "val" else f" --split {config.val_split}"
     return (
         f"best: {path}{score}\nnext: python eval.py {path} --data {config.data}{split} --report report.html\n"
