@@ -136,13 +136,18 @@ def balanced_weights(data_list: DataList, power: float) -> np.ndarray:
         (images,) float64: (images / images with the rarest class of this one) ** power. Images without objects have the
         weight of the commonest class.
     """
-    rows = data_list.object_images[~data_list.crowd]
-    labels = data_list.labels[~data_list.crowd]
-    with_class = np.bincount(np.unique(np.stack([rows, labels]), axis=1)[1], minlength=len(data_list.classes) + 1)
+    with_class = images_per_class(data_list)
     weight_of = (len(data_list) / with_class.clip(min=1)) ** power
-    weights = np.full(len(data_list), weight_of[1:][with_class[1:] > 0].min(initial=weight_of.max()))
-    np.maximum.at(weights, rows, weight_of[labels])
+    weights = np.full(len(data_list), weight_of[with_class > 0].min(initial=weight_of.max(initial=1.0)))
+    objects = ~data_list.crowd
+    np.maximum.at(weights, data_list.object_images[objects], weight_of[data_list.labels[objects] - 1])
     return weights
+
+
+def images_per_class(data_list: DataList) -> np.ndarray:
+    """(C,) the number of images with an object of each class; crowds do not count."""
+    objects = np.stack([data_list.object_images, data_list.labels])[:, ~data_list.crowd]
+    return np.bincount(np.unique(objects, axis=1)[1] - 1, minlength=len(data_list.classes))
 
 
 class EpochSampler(Sampler[Key]):

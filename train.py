@@ -11,7 +11,6 @@ Ctrl-C, or a scheduler's SIGTERM, saves and stops after the current step; a seco
 
 import argparse
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -140,15 +139,12 @@ class Trainer:
         self.folder = RunFolder(config, lists, self.step_images)
         if distributed.is_main():
             print(setup.format_settings(config, device, model, lists, (self.batch_size, self.accumulate)))
-        limit_before = self.folder.load(self.state) if resume else 0
+        if resume:
+            self.folder.load(self.state)
         self.folder.prepare()
-        # A training that ran out of time ended within an epoch, which has a row in the log nevertheless.
-        ended_early = self.state.step < len(self.state.log) * self.steps_per_epoch
-        if ended_early and (config.minutes or math.inf) > limit_before:  # with more time that epoch goes on
-            self.state.seconds = self.state.log.pop()["seconds"]
-            ended_early = False
         self.folder.write_log(self.state)
-        self.finished = len(self.state.log) >= config.epochs or ended_early
+        out_of_time = 0 < config.minutes <= self.state.ended_minutes  # a larger limit continues
+        self.finished = self.epochs_done >= config.epochs or out_of_time
 
         self.criterion = setup.make_loss(config, model)
         self.parallel: nn.Module = model
@@ -164,18 +160,24 @@ class Trainer:
         self.stopping = False  # whether all processes have agreed to stop
         self.last_save = time.monotonic()
 
+    @property
+    def epochs_done(self) -> int:
+        """Rows of the log that are of whole epochs: a training that runs out of time gets a row within an epoch."""
+        return sum(row["step"] % self.steps_per_epoch == 0 for row in self.state.log)
+
     def train_epochs(self) -> dict | None:
         """Trains the epochs that are left; returns the metrics of the last evaluation."""
         config, state, metrics = self.config, self.state, None
         if state.step == 0:
             self.save()
-        for epoch in range(len(state.log), config.epochs):
+        for epoch in range(self.epochs_done, config.epochs):
             if self.finished or self.out_of_patience():
                 break
             done = state.step - epoch * self.steps_per_epoch  # more than 0 in an epoch that is resumed
             self.loader.sampler.set_epoch(epoch, start=done * self.step_images)
             set_train_mode(state.model)
             self.plan.begin(state.step)
+            self.plan.done = distributed.broadcast(self.plan.done)
             batches = setup.grouped(self.loader, self.accumulate) if done < self.steps_per_epoch else []
             for step_batches in self.progress.steps(batches, state, self.steps_per_epoch, done):
                 if state.step < 3:
@@ -197,7 +199,7 @@ class Trainer:
             row |= {f"loss_{name}": mean for name, mean in state.means().items()} | self.progress.pace(state)
             detections = None
             self.finished = epoch + 1 == config.epochs or self.plan.out_of_time
-            if (epoch + 1) % config.eval_every == 0 or self.finished:
+            if self.finished or ((epoch + 1) % config.eval_every == 0 and self.plan.fits_evaluation()):
                 self.save()
                 metrics, detections = self.evaluate(row)
             self.end_epoch(row, detections)
@@ -244,10 +246,13 @@ class Trainer:
         """
         state, alone = self.state, distributed.num_processes() == 1
         logs = state.step % self.config.log_every == 0 or is_last
+        done_before = self.plan.done
         self.plan.advance(state.step)
-        if logs or alone:  # several processes have to stop at the same step
+        if logs or alone:
             agreed = distributed.broadcast((self.stop.requested, self.plan.done))
             self.stopping, self.plan.done = agreed
+        else:  # several processes have to stop at the same step, with the same learning rates until then
+            self.plan.done = done_before
         logs = logs or self.plan.out_of_time or state.step == self.progress.begun_at + FIRST_STEPS
         due = time.monotonic() - self.last_save > 60 * self.config.save_minutes
         if logs or due or (alone and self.stop.requested):
@@ -283,10 +288,14 @@ class Trainer:
                 best = score  # if saving failed, the next evaluation may replace it
         state.best, state.stale, self.stopping = distributed.broadcast((best, stale, self.stop.requested))
         state.sums, state.seconds, state.log = {}, 0.0, [*state.log, row]
+        ended_by_time = self.plan.out_of_time and self.epochs_done < self.config.epochs
+        state.ended_minutes = self.config.minutes if ended_by_time else 0.0
         self.save()
         self.folder.write_log(state)
         if distributed.is_main():
             print(setup.format_epoch(row, None if self.config.minutes else self.config.epochs), flush=True)
+            if detections is not None or self.finished:
+                self.progress.draw_curves()
             if detections is not None:
                 self.progress.log_evaluation(row, self.val_list, detections)
 
@@ -301,7 +310,9 @@ class Trainer:
         """Runs train_epochs, turns failures into TrainingStopped, and prints a summary."""
         config, state, folder, metrics = self.config, self.state, self.folder, None
         if self.finished and distributed.is_main():
-            print(f"nothing left to do: all {len(state.log)} epochs of {folder.path} are done")
+            over = f"the {config.minutes:g} minutes of {folder.path} are over (a larger --minutes continues)"
+            complete = f"all {config.epochs} epochs of {folder.path} are done"
+            print(f"nothing left to do: {over if self.epochs_done < config.epochs else complete}")
         try:
             metrics = self.train_epochs()
         except (DataError, RuntimeError, *LOST_WORKER) as error:

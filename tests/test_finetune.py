@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,10 @@ def test_the_command_line_goes_before_all_choices(checkpoint):
     values, config = chosen("--data", "data", "--weights", checkpoint, *given)
     assert (config.epochs, config.class_balance, config.image_size) == (3, 1.0, 128)
     assert config.scales == TrainConfig().scales
-    printed = finetune.format_choices([finetune.Choice("epochs", 30, "why")], config)
+    assert config.eval_every == 1  # four evaluations of three epochs do not fit
+    _, config = chosen("--data", "data", "--weights", checkpoint, "--set", "repeats=1")
+    assert (config.repeats, config.epochs, config.eval_every) == (1, 240, 60)  # 9,600 samples all the same
+    printed = finetune.format_choices([finetune.Choice("epochs", 30, "why")], replace(config, epochs=3))
     assert printed == "epochs  3  given, instead of 30"
 
 
@@ -118,11 +122,12 @@ def test_fine_tuning_without_a_val_list(drawn, checkpoint, capsys):
     assert main([*flags, "--set", *tiny, "repeats=2"]) is None
     printed = capsys.readouterr().out
     assert "no list val.json" in printed
-    assert "given, instead of 30" in printed  # 9,600 samples in epochs of 27 x 12
+    assert "given, instead of 400" in printed  # 9,600 samples in epochs of 2 x 12
     assert "detect.py FOLDER --checkpoint runs/mine/last.pth.tar" in printed
     last = load_checkpoint("runs/mine/last.pth.tar")
     assert last["step"] == 6  # 12 images, twice, by 4
     assert not Path("runs/mine/best.pth.tar").exists()
+    assert Path("runs/mine/curves.png").exists()
     main(["--name", "mine", "--resume", "--epochs", "2"])
     assert load_checkpoint("runs/mine/last.pth.tar")["step"] == 12
 
@@ -167,7 +172,18 @@ def test_minutes_end_a_training_within_an_epoch(drawn, in_tmp, monkeypatch, caps
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 7
     train(tiny_config(drawn, minutes=361 / 60, epochs=1000, eval_every=1000), resume=True, started=70.0)
     last = load_checkpoint("runs/tiny/last.pth.tar")
-    assert (last["step"], last["elapsed"], last["log"][-1]["step"]) == (25, 250, 25)
+    assert (last["step"], last["elapsed"]) == (25, 250)
+    assert [row["step"] for row in last["log"]] == [3, 6, 7, 9, 12, 15, 18, 21, 24, 25]
+    assert last["log"][2]["voc2007_ap50"] is not None
+
+
+def test_a_limit_that_ends_with_an_epoch_is_over_too(drawn, in_tmp, monkeypatch, capsys):
+    """Six steps of 10 s, so two epochs: 171 s less 3 + (40 + 6 / 2) * 10 / 4 leave 60.5."""
+    StepClock(monkeypatch, 10.0)
+    for started in (0.0, 60.0):
+        train(tiny_config(drawn, minutes=171 / 60, epochs=1000, eval_every=1000), resume=started > 0, started=started)
+        assert [row["step"] for row in load_checkpoint("runs/tiny/last.pth.tar")["log"]] == [3, 6]
+    assert "the 2.85 minutes of runs/tiny are over" in capsys.readouterr().out
 
 
 def test_a_resumed_training_keeps_to_what_is_left(drawn, in_tmp, monkeypatch):

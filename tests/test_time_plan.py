@@ -2,12 +2,15 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from fpnssd.training import distributed
 from fpnssd.training.config import TrainConfig
 from fpnssd.training.optim import lr_factor
 from fpnssd.training.time_plan import TimePlan, process_start
+from train import Trainer
 
 
 class Clock:
@@ -113,6 +116,52 @@ def test_processes_that_agree_every_twenty_steps():
     taken, factors, _ = simulate(10, lambda now: 0.5, stride=20)
     assert 0.93 * 600 <= taken <= 1.02 * 600
     assert len(factors) % 20 == 0
+
+
+def test_a_slow_first_step_is_no_measure_of_the_pace():
+    """It compiles for 60 s; 5,000 images to evaluate would take 2,540 of its images' time, and 85 of the others'."""
+    clock = Clock()
+    plan = TimePlan(10**6, 32, 20, 0.0, clock(), end_images=5000, clock=clock)
+    plan.begin(0)
+    clock.now += 60
+    assert plan.advance(1) == pytest.approx(60 / 1197)
+    clock.now += 1
+    assert plan.advance(2) == pytest.approx(61 / (1200 - 3 - 2540 / 32))
+    clock.now += 100  # an evaluation
+    plan.begin(2)
+    clock.now += 1
+    plan.advance(3)
+    assert plan.step_seconds == 1
+
+
+def test_an_evaluation_before_the_last_one_needs_time_for_both():
+    clock = Clock()
+    plan = TimePlan(10**6, 10, 10, 0.0, clock(), end_images=20, clock=clock)
+    plan.begin(0)
+    for step in (1, 2):
+        clock.now += 1
+        plan.advance(step)
+    assert plan.end_seconds == 3 + 50 / 10
+    clock.now = 1000 + 583
+    assert plan.fits_evaluation()
+    clock.now = 1000 + 585
+    assert not plan.fits_evaluation()
+
+
+def test_between_logs_several_processes_keep_what_they_agreed_on(monkeypatch):
+    """Their clocks differ: each for itself would end at another step than the others."""
+    clock, config = Clock(), TrainConfig(log_every=20)
+    plan = TimePlan(10**6, 16, 1, 0.0, clock(), clock=clock)
+    plan.begin(0)
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(step=7), plan=plan, config=config, stop=SimpleNamespace(requested=False), stopping=False,
+        progress=SimpleNamespace(begun_at=0), last_save=time.monotonic(),
+    )  # fmt: skip
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    clock.now += 59
+    assert not Trainer.log_save_or_stop(trainer, is_last=False)
+    assert plan.done == 0
+    assert not plan.out_of_time
 
 
 def test_the_share_never_falls():

@@ -29,6 +29,7 @@ from utils import InputError, write_text
 
 LAST, BEST = "last.pth.tar", "best.pth.tar"
 VERSIONS = {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, timm, np)}
+TRAINING_FIELDS = ("step", "best", "stale", "sums", "seconds", "elapsed", "ended_minutes", "log")  # of TrainState
 MAX_SKIPPED = 20  # consecutive steps that fp16's gradient scaler may skip before the training counts as diverged
 
 
@@ -54,7 +55,8 @@ class TrainState:
     sums: dict[str, float] = field(default_factory=dict)  # of the loss terms of this epoch, and how many "steps"
     seconds: float = 0.0  # duration of this epoch so far
     elapsed: float = 0.0  # seconds of the training at the last save, from the start of its process on
-    log: list[dict] = field(default_factory=list)  # a row for each epoch
+    ended_minutes: float = 0.0  # the limit that ended the training, while it has not been continued
+    log: list[dict] = field(default_factory=list)  # a row for each epoch, and for the part of one that a limit ended
     # Not in a checkpoint: of each step since read_losses its number, the keys of its samples (epoch, index, occurrence)
     # and on the device box loss, class loss and norm of the gradient (3,); how many steps in a row fp16 skipped.
     unread: list[tuple[int, list, torch.Tensor]] = field(default_factory=list)
@@ -98,7 +100,7 @@ class TrainState:
             "raw_model": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in ("step", "best", "stale", "sums", "seconds", "elapsed", "log")},
+            **{name: getattr(self, name) for name in TRAINING_FIELDS},
             "torch_rng": torch.get_rng_state(),
             **cuda,
         }
@@ -113,9 +115,8 @@ class TrainState:
             group |= {name: setting[name] for name in ("initial_lr", "weight_decay", "momentum") if name in setting}
         if checkpoint["scaler"]:  # empty but for fp16
             self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("step", "best", "stale", "sums", "seconds", "log"):
-            setattr(self, name, checkpoint[name])
-        self.elapsed = checkpoint.get("elapsed", 0.0)  # missing in files from before time limits existed
+        for name in TRAINING_FIELDS:
+            setattr(self, name, checkpoint.get(name, 0.0))  # files from before time limits existed lack two
         torch.set_rng_state(checkpoint["torch_rng"])
         if "cuda_rng" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -175,11 +176,8 @@ class RunFolder:
             writer.writerows(state.log)
             try_to_save(self.path / "log.csv", lambda: write_text(self.path / "log.csv", text.getvalue()))
 
-    def load(self, state: TrainState) -> float:
+    def load(self, state: TrainState) -> None:
         """Loads last.pth.tar into a state of the same shapes, and prints changes of the configuration.
-
-        Returns:
-            The limit in minutes that the training had; 0 for none.
 
         Raises:
             InputError: if it is missing or damaged, or belongs to another training.
@@ -199,7 +197,6 @@ class RunFolder:
             print(f"resuming {path} at step {state.step}")
             for change in changes:
                 print(f"  changed: {change}")
-        return checkpoint["train_config"].get("minutes", 0)
 
     def _compare(self, checkpoint: dict, state: TrainState) -> list[str]:
         """Notes such as "lr 0.001 -> 0.01"; raises an InputError if the training cannot continue."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou
 
-from datasets import balanced_weights
+from datasets import images_per_class
 from fpnssd.data.data_list import DataList
 from fpnssd.model_config import ModelConfig, ssd_prior_shapes
 from fpnssd.training.config import TrainConfig
@@ -62,7 +62,7 @@ def choose(configure: Callable[[Iterable[str]], TrainConfig]) -> list[Choice]:
     train_list, _ = load_lists(config)
     if config.weights:
         choices += follow_checkpoint(config)
-    for rule in (choose_length, choose_balance, choose_priors, choose_image_size):
+    for rule in (choose_repeats, choose_epochs, choose_evaluations, choose_balance, choose_priors, choose_image_size):
         choices += rule(train_list, configure([choice.assignment for choice in choices]))
     return list({choice.field: choice for choice in choices}.values())  # a later choice replaces an earlier one
 
@@ -82,26 +82,32 @@ def follow_checkpoint(config: TrainConfig) -> list[Choice]:
     return [*choices, Choice("frozen_stages", frozen, "stages up to C3; see docs/training.md")]
 
 
-def choose_length(train_list: DataList, config: TrainConfig) -> list[Choice]:
-    """Samples per epoch, and numbers of epochs and evaluations."""
+def choose_repeats(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """How often an epoch repeats the list."""
     images = len(train_list)
     repeats = math.ceil(EPOCH_IMAGES / images)
-    epochs, reason = math.ceil(IMAGES_SEEN / (images * repeats)), f"{IMAGES_SEEN} samples in total"
-    eval_every, often = math.ceil(epochs / 4), "four evaluations"
+    return [Choice("repeats", repeats, f"{images} photographs: {images * repeats} samples in an epoch")]
+
+
+def choose_epochs(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """As many as a number of samples or the limit of time needs."""
     if config.minutes:
-        epochs = eval_every = MANY_EPOCHS
-        reason, often = f"limited by {config.minutes:g} minutes", "one evaluation, at the end"
-    return [
-        Choice("repeats", repeats, f"{images} photographs: {images * repeats} samples in an epoch"),
-        Choice("epochs", epochs, reason),
-        Choice("eval_every", eval_every, often),
-    ]
+        return [Choice("epochs", MANY_EPOCHS, f"limited by {config.minutes:g} minutes")]
+    epochs = math.ceil(IMAGES_SEEN / (len(train_list) * config.repeats))
+    return [Choice("epochs", epochs, f"{IMAGES_SEEN} samples in total")]
+
+
+def choose_evaluations(train_list: DataList, config: TrainConfig) -> list[Choice]:
+    """Epochs between evaluations."""
+    if config.minutes:
+        return [Choice("eval_every", MANY_EPOCHS, "one evaluation, at the end")]
+    return [Choice("eval_every", math.ceil(config.epochs / 4), "four evaluations")]
 
 
 def choose_balance(train_list: DataList, config: TrainConfig) -> list[Choice]:
     """Whether images of rare classes are drawn more often."""
-    weights = balanced_weights(train_list, 1.0)
-    ratio = weights.max() / weights.min()
+    counts = images_per_class(train_list)
+    ratio = counts.max() / counts[counts > 0].min()
     reason = f"the commonest class is in {ratio:.1f} times as many photographs as the rarest"
     return [Choice("class_balance", 0.5 if ratio >= UNBALANCED else 0.0, reason)]
 

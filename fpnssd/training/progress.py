@@ -106,13 +106,16 @@ class ProgressLogger:
         if is_main():
             self._add_picture("batch", f"batch_{step}.jpg", draw_batch(batch, classes), step)
 
+    def draw_curves(self) -> None:
+        """curves.png of log.csv."""
+        path = self.folder / "curves.png"
+        try_to_save(path, lambda: draw_curves(self.folder / "log.csv", path))
+
     def log_evaluation(self, row: dict, data_list: DataList, detections: list[dict[str, torch.Tensor]]) -> None:
-        """curves.png of log.csv, val_EPOCH.jpg of the same images each time, val.jpg of many more, and the scores.
+        """val_EPOCH.jpg of the same images each time, val.jpg of many more, and the scores.
 
         Both pictures have detections and missed objects; val.jpg those at the score threshold of the highest F1.
         """
-        path = self.folder / "curves.png"
-        try_to_save(path, lambda: draw_curves(self.folder / "log.csv", path))
         if len(data_list):
             self._add_picture("val", f"val_{row['epoch']:03}.jpg", draw_detections(data_list, detections), row["step"])
             if row["best_min_score"] is not None:

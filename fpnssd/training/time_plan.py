@@ -63,7 +63,9 @@ class TimePlan:
         self.stride, self.clock = stride, clock
         self.limit = 60 * minutes if minutes else math.inf
         self.zero = (clock() if started is None else started) - used
-        self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # steps done, and when
+        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of the recent steps, without the process's first
+        self.first = 0.0  # seconds of the process's first step
+        self.last_end = self.clock()  # of a step
         self.done = 0.0
 
     @property
@@ -77,14 +79,18 @@ class TimePlan:
         return self.limit < math.inf and self.done >= 1
 
     def begin(self, step: int) -> None:
-        """Restarts the measurement of the pace at the start of an epoch, to exclude the evaluation before it."""
-        self.recent.clear()
-        self.recent.append((step, self.clock()))
+        """Starts an epoch: the evaluation before it is no part of its first step."""
+        self.last_end = self.clock()
         self.done = max(self.done, step / self.num_steps, self._share_of_time())
 
     def advance(self, step: int) -> float:
         """The share that is done after `step` steps, which never decreases; 1 if no further step fits the limit."""
-        self.recent.append((step, self.clock()))
+        now = self.clock()
+        if self.first:
+            self.recent.append(now - self.last_end)
+        else:  # compiles, starts workers, takes memory: no measure of the pace
+            self.first = now - self.last_end
+        self.last_end = now
         last = self.elapsed + self.stride * self.step_seconds > self.limit - self.end_seconds
         self.done = 1.0 if last else max(self.done, step / self.num_steps, self._share_of_time())
         return self.done
@@ -94,15 +100,18 @@ class TimePlan:
 
     @property
     def step_seconds(self) -> float:
-        """Mean of the recent steps; 0 before the first."""
-        (first, since), (last, until) = self.recent[0], self.recent[-1]
-        return (until - since) / max(1, last - first)
+        """Mean of the recent steps; before there is a second one the first's, or 0."""
+        return sum(self.recent) / len(self.recent) if self.recent else self.first
 
     @property
     def end_seconds(self) -> float:
         """Estimated duration, at the recent pace, of the evaluation and the files after the last step."""
-        images = END_IMAGES + EVALUATED_IMAGE * self.end_images if self.end_images else 0
+        images = END_IMAGES + EVALUATED_IMAGE * self.end_images if self.end_images and self.recent else 0
         return END_SECONDS + images * self.step_seconds / self.step_images
+
+    def fits_evaluation(self) -> bool:
+        """Whether an evaluation fits in before the last one."""
+        return self.elapsed + 2 * self.end_seconds < self.limit
 
     def schedule_steps(self, step: int) -> float:
         """The length of the training, in steps, for the learning rate of step number `step`."""
