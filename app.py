@@ -64,7 +64,7 @@ class Limits:
 
     file_bytes: int = 20 * 10**6  # of one picture
     pixels: int = 50 * 10**6  # of one picture
-    decoding_bytes: int = 270 * 10**6  # memory to decode one picture: some formats need more per pixel
+    decoding_bytes: int = 270 * 10**6  # memory to decode one picture, 5.4 a pixel: some formats need more
     at_once: int = 2  # pictures decoded at a time: the network runs on one while another is read
     bodies: int = 64  # requests whose body is in memory
     body_seconds: float = 30.0  # in which a body has to arrive
@@ -78,11 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         detector = load_detector(args.checkpoint, args.device, args.runtime, args.precision)
     except (InputError, OSError) as error:
         sys.exit(f"app: {error_message(error)}")
-    limits = Limits(args.max_mb * 10**6, args.max_megapixels * 10**6)
+    limits = limits_of(args)
     app = build_app(Service(detector, limits), [*OWN_NAMES, args.host, *args.allowed_host])
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]} (Ctrl-C to stop)", flush=True)
     make_server(app).run(sockets=[listener])
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    pixels = args.max_megapixels * 10**6
+    return Limits(args.max_mb * 10**6, pixels, decoding_bytes=max(Limits.decoding_bytes, int(5.4 * pixels)))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="ADDRESS",
-        help="folders, globs, text files of addresses, Parquet files of addresses or images; local, s3:// or gs://",
+        help="folders, local globs, text files of addresses, Parquet files of addresses or images; local, s3:// or gs://",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="folder for the Parquet files; local, s3:// or gs://"

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_thresholds(args.min_score, args.max_overlap, args.top_k)
         paths = output_paths(args)
-        sources = find_sources(args.images, paths.folders())
+        sources = find_sources(args.images, [Path(args.out), *paths.folders()])
         inputs = [args.checkpoint, *(source.path for source in sources)]
         outputs = Outputs(
             paths, [source.name for source in sources], inputs, args.overwrite, yolo_scores=args.yolo_columns == 6

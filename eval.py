@@ -25,15 +25,28 @@ from fpnssd.evaluation.predict import Predictor, check_same_classes, predict
 from fpnssd.evaluation.report import write_report
 from fpnssd.evaluation.result_files import read_coco, voc_result_paths, write_coco, write_voc
 from fpnssd.evaluation.tables import format_table
-from fpnssd.inference.detector import load_detector
+from fpnssd.inference.detector import check_thresholds, load_detector
 from fpnssd.inference.runtimes import runtime_of
 from model import DEFAULT_CHECKPOINT, DETECTION, EVALUATION
-from utils import HelpFormatter, InputError, check_outputs, error_message, whole_number, write_text
+from utils import (
+    HelpFormatter,
+    InputError,
+    check_outputs,
+    error_message,
+    escape_unprintable,
+    whole_number,
+    write_text,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    escape_unprintable()
     try:
+        check_thresholds(args.min_score, args.max_overlap, args.top_k)
+        for option, values in (("--at-scores", args.at_scores), ("--voc-overlaps", args.voc_overlaps)):
+            if outside := [value for value in values if not 0 <= value <= 1]:
+                raise InputError(f"{option} {outside[0]:g}: it must lie in 0..1")
         if args.images and not Path(args.images).is_dir():
             raise InputError(f"--images {args.images} is not a folder")
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images)

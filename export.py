@@ -27,7 +27,7 @@ import torch
 
 from datasets import DetectionDataset
 from fpnssd.data.data_list import DataList, evenly_spaced
-from fpnssd.evaluation.predict import Predictor, evaluate
+from fpnssd.evaluation.predict import Predictor, check_same_classes, evaluate
 from fpnssd.inference.detector import Detector, load_detector
 from fpnssd.inference.runtimes import CONFIG_KEY, SOURCE_KEY, SUFFIXES, exported_path, import_optional, load_exported
 from model import (
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         check_outputs(outputs_of(args), [args.checkpoint, args.int8], args.overwrite)
         data_list = DataList.load(Path(args.data) / f"{args.split}.json", args.images) if args.data else None
         original = load_detector(args.checkpoint, "cpu", "torch", "fp32")
+        if data_list:
+            check_same_classes(original.classes, data_list, args.checkpoint)
         for kind in args.to:
             path = path_of(args, kind)
             if kind == "fp16":
@@ -290,6 +292,9 @@ def compare(
 ) -> dict[str, Any]:
     """Compares the outputs of two detectors on `count` images of a data list, or on noise without one.
 
+    Raises:
+        InputError: if outputs of the exported network are not finite.
+
     Returns:
         images and whether they are real; largest: the largest differences of scores, and of boxes in 0..1 where a score
         is 0.05 or more; with a data list ap: VOC2007 and COCO AP of both.
@@ -298,6 +303,8 @@ def compare(
     largest = {"score": 0.0, "box": 0.0}
     for batch in images.split(8):
         (offsets, logits), (other_offsets, other_logits) = original.forward(batch), exported.forward(batch)
+        if not (other_offsets.isfinite().all() and other_logits.isfinite().all()):
+            raise InputError("the exported network's outputs are not finite: its weights are too large for this form")
         scores, other_scores = logits.softmax(dim=2)[..., 1:], other_logits.softmax(dim=2)[..., 1:]
         seen = scores.amax(dim=2) >= 0.05
         boxes, other_boxes = (decode_offsets(o, original.priors)[seen] for o in (offsets, other_offsets))

@@ -35,12 +35,13 @@ from fpnssd.training.lock import lock_run
 from fpnssd.training.optim import EMA, build_optimizer, freeze, lr_factor, set_train_mode, synchronise_batch_norm
 from fpnssd.training.progress import ProgressLogger
 from fpnssd.training.time_plan import TimePlan, process_start
-from utils import InputError, autocast, error_message, fast_products, pick_device, pick_precision
+from utils import InputError, autocast, error_message, escape_unprintable, fast_products, pick_device, pick_precision
 
 FIRST_STEPS = 5  # after which the length of the training is estimated
 
 
 def main(argv: Sequence[str] | None = None, started: float | None = None) -> dict | None:
+    escape_unprintable()
     try:
         args = parse_args(argv)
         config = make_config(args)

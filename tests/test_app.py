@@ -531,7 +531,10 @@ def test_signals_end_the_server_within_seconds(launcher, sent, number):
 
 
 def test_limits_beyond_what_pictures_may_have_are_refused(capsys):
-    assert app.parse_args(["--max-megapixels", "89"]).max_megapixels == 89
+    limits = app.limits_of(app.parse_args(["--max-megapixels", "89"]))
+    assert limits.pixels == 89 * 10**6
+    assert limits.decoding_bytes > 5 * limits.pixels  # what a JPEG file of so many takes
+    assert app.limits_of(app.parse_args([])) == app.Limits()
     with pytest.raises(SystemExit):
         app.parse_args(["--max-megapixels", "100000"])
     assert "--max-megapixels can be 89 at most" in capsys.readouterr().err

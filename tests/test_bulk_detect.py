@@ -13,7 +13,7 @@ from sure_network import save_sure_network
 import bulk_detect
 import detect
 from fpnssd.data.images import load_image
-from fpnssd.inference import bulk
+from fpnssd.inference import addresses, bulk
 from fpnssd.inference.addresses import PictureReader, list_addresses
 from fpnssd.inference.bulk import ResultFolder, Worker
 from utils import InputError
@@ -145,6 +145,26 @@ def test_pictures_in_parquet_are_read_in_any_order(tmp_path):
         with pytest.raises(InputError, match=rf"image {path}#{row} {words}"):
             reader.load(f"{path}#{row}")
         assert reader.load(f"{path}#5").getpixel((0, 0)) == colours[5]
+
+
+def test_after_a_failed_read_the_next_row_is_read_anew(monkeypatch, tmp_path):
+    Image.new("RGB", (3, 2), (9, 0, 0)).save(buffer := io.BytesIO(), "PNG")
+    begun = []
+
+    def stored(address, start):
+        begun.append(start)
+        yield buffer.getvalue()
+        if len(begun) == 1:
+            raise OSError("connection reset")
+        yield buffer.getvalue()
+
+    monkeypatch.setattr(addresses, "_stored_pictures", stored)
+    reader = PictureReader()
+    assert reader.load("a.parquet#0").size == (3, 2)
+    with pytest.raises(OSError, match="connection reset"):
+        reader.load("a.parquet#1")
+    assert reader.load("a.parquet#2").size == (3, 2)
+    assert begun == [0, 2]
 
 
 def test_remote_pictures_have_the_words_of_local_ones(in_archive):

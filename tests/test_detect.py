@@ -245,6 +245,8 @@ def test_folders_are_read_whole_and_outputs_keep_them(folder, tmp_path, capsys):
     assert written == ["a.jpg", "deep/a.jpg", "deep/c.WebP", "deep/er/b.JPG", "old.jpg"]
     assert (tmp_path / "xml" / "deep" / "er" / "b.xml").is_file()
     assert "skipped 1 .txt, 1 in out" in capsys.readouterr().err
+    main([str(root), "--checkpoint", str(folder / "small.pth.tar"), "--out", str(root / "out"), "--no-pictures"])
+    assert "skipped 1 .txt, 5 in out" in capsys.readouterr().err  # annotated copies are no photographs
 
 
 def test_outputs_are_none_of_the_users_files(folder, tmp_path):

@@ -178,6 +178,13 @@ def test_options_that_mean_nothing_are_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--min-score", "--max-overlap", "--at-scores", "--voc-overlaps"])
+@pytest.mark.parametrize("value", ["40", "nan", "-0.1"])
+def test_thresholds_out_of_range_are_refused(checkpoint, drawn, option, value):
+    with pytest.raises(SystemExit, match=f"{option.lstrip('-').replace('-', '.')}.*{value}.* it must lie in 0..1"):
+        main([str(checkpoint), "--data", str(drawn), option, value])
+
+
 def test_bad_files_are_named(checkpoint, tmp_path, drawn, monkeypatch):
     with pytest.raises(SystemExit, match=r"no data list .*test\.json"):
         main([str(checkpoint), "--data", str(drawn), "--split", "test"])

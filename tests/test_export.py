@@ -23,6 +23,7 @@ from fpnssd.data.data_list import DataList
 from fpnssd.inference.detector import load_detector
 from fpnssd.inference.runtimes import load_exported
 from model import FPNSSD, ModelConfig, load_checkpoint, postprocess, priors_of, save_checkpoint
+from utils import InputError
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,13 @@ def test_comparison_sees_another_network(folder, tmp_path):
     ]
     assert compare(*detectors)["largest"]["score"] > 0.05
     assert compare(detectors[0], detectors[0])["largest"] == {"score": 0, "box": 0}
+
+
+def test_outputs_that_are_not_finite_are_no_likeness(folder):
+    good, bad = (load_detector(folder / "small.pth.tar", runtime="torch") for _ in range(2))
+    bad.forward = lambda images: tuple(part / 0 for part in good.forward(images))
+    with pytest.raises(InputError, match="outputs are not finite"):
+        compare(good, bad)
 
 
 def test_8_bits_are_for_openvino(capsys):

@@ -61,9 +61,9 @@ def list_addresses(inputs: Sequence[str]) -> Iterator[str]:
     """Yields the address of each picture of the inputs; a picture that is named twice is yielded twice.
 
     Args:
-        inputs: folders (searched recursively), globs, pictures; text files with an address per line; Parquet files
-            with a column "path" of addresses, or with encoded pictures in "bytes" or "image.bytes". Folders without
-            pictures are searched for Parquet files. Each may be local or remote (see resolve).
+        inputs: folders (searched recursively), globs of local files, pictures; text files with an address per line;
+            Parquet files with a column "path" of addresses, or with encoded pictures in "bytes" or "image.bytes".
+            Folders without pictures are searched for Parquet files. All but globs may be local or remote (see resolve).
 
     Raises:
         InputError: for an input that does not exist, cannot be read, or has no pictures.
@@ -104,7 +104,8 @@ def _files_of(argument: str) -> Iterator[str]:
         system, path = resolve(argument)
         kind = system.get_file_info(path).type
         if kind == fs.FileType.NotFound:
-            raise InputError(f"{argument} does not exist")
+            hint = ": globs are for local files, name a remote folder" if glob.has_magic(argument) else ""
+            raise InputError(f"{argument} does not exist{hint}")
         if kind == fs.FileType.File:
             yield argument
             return
@@ -210,14 +211,13 @@ class PictureReader:
         with self._lock:
             if self._next[0] != file or self._next[1] > row:
                 self._rows, self._next = _stored_pictures(file, row), (file, row)
-            for content in self._rows:
-                number = self._next[1]
-                self._next = (file, number + 1)
-                if number == row:
-                    if content is None:
-                        break
+            (_, following), self._next = self._next, ("", 0)  # an iterator that fails or ends is not used again
+            for number, content in enumerate(self._rows, start=following):
+                if number == row and content is not None:
+                    self._next = (file, number + 1)
                     return content
-        self._next = ("", 0)
+                if number == row:
+                    break
         raise DataError(f"image {address} is missing", "image missing")
 
 
