@@ -374,7 +374,7 @@ def read_class_file(path: Path) -> dict[str, list[str]]:
     lines = read_lines(path)
     for line in lines:
         name, joins, parts = line.partition("=")
-        joined[name.strip()] += [part.strip() for part in (parts if joins else name).split(",")]
+        joined[name.strip()] += [part.strip() for part in (parts.split(",") if joins else [name])]
     every = [part for parts in joined.values() for part in parts]
     if not lines or len(joined) < len(lines) or len(set(every)) < len(every) or not all(every) or "" in joined:
         raise DataError(f"class file {path} must name each class once, one a line; it has {lines}")

@@ -11,7 +11,7 @@ import yaml
 from made_lists import listed, problems
 from PIL import Image
 
-from create_data_lists import main
+from create_data_lists import main, read_class_file
 from datasets import DetectionDataset
 from fpnssd.data.augment import AugmentConfig
 from fpnssd.data.data_list import DataList
@@ -180,6 +180,14 @@ def test_coco_files_of_other_categories_are_refused(tmp_path):
     files = [str(tmp_path / f"{split}.json") for split in ("train", "val")]
     with pytest.raises(SystemExit, match=r"val\.json gives category 'dog' the id that .*train\.json gives 'cat': 1"):
         main(["--coco", *files, "--out", str(tmp_path / "out")])
+
+
+def test_a_class_name_may_have_a_comma(tmp_path):
+    (tmp_path / "classes.txt").write_text("bottle, plastic\nvehicle = car, bus\n")
+    assert read_class_file(tmp_path / "classes.txt") == {
+        "bottle, plastic": ["bottle, plastic"],
+        "vehicle": ["car", "bus"],
+    }
 
 
 @pytest.mark.parametrize("text", ["", "dog\ndog\n", "a = x\nb = x\n", "a = \n", "= a\n"])

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from fpnssd.data.annotations import parse_flag, parse_number, parse_size
+from fpnssd.data.annotations import parse_flag, parse_number, parse_size, rotated_box
 from fpnssd.data.checks import check_objects
 from fpnssd.data.coco import enclosing_box, parse_id, read_coco
 from fpnssd.data.data_list import DataList
@@ -113,6 +113,25 @@ def test_boxes_that_are_not_guessed(write, changes):
     (record,), (problem,), _ = read_one(write(annotations=[{**GOOD, **changes}]))
     assert record.objects == []
     assert problem.kind == "object without a box"
+
+
+@pytest.mark.parametrize(("degrees", "box"), [(0.0, None), (90, (-4, 7, 36, 37)), ("180", None), (None, None)])
+def test_boxes_that_cvat_turned(write, degrees, box):
+    (record,), problems, _ = read_one(write(annotations=[{**GOOD, "attributes": {"rotation": degrees}}]))
+    assert record.objects[0].box == pytest.approx(box or (1, 2, 31, 42))
+    assert [problem.kind for problem in problems] == (["rotated box"] if box else [])
+
+
+def test_a_turned_square_needs_more_room_by_the_root_of_two():
+    assert rotated_box((0, 0, 10, 10), 45) == pytest.approx((5 - 50**0.5, 5 - 50**0.5, 5 + 50**0.5, 5 + 50**0.5))
+    assert rotated_box((10, 10, 210, 30), -45) == pytest.approx(
+        (110 - 77.78, 20 - 77.78, 110 + 77.78, 20 + 77.78), abs=0.01
+    )
+
+
+def test_label_studio_writes_sizes_before_the_turn_and_boxes_after_it(write):
+    (record,), _, _ = read_one(write(info={"contributor": "Label Studio"}))
+    assert record.size is None  # so that the image is turned by its EXIF orientation
 
 
 def test_polygons_may_be_pairs():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from made_lists import listed, problems
 from PIL import Image, ImageOps
 
 from create_data_lists import main
+from fpnssd.data.annotations import SplitAnnotations
 from fpnssd.data.checks import CheckedImage
 from fpnssd.data.near_duplicates import describe
-from fpnssd.data.split import divide_groups, group_images, split_to_divide
+from fpnssd.data.split import divide_groups, divide_results, group_images, natural_key, source_names, split_to_divide
 
 
 def scene(seed, size=(96, 64)):
@@ -119,6 +121,24 @@ def test_what_belongs_together():
     assert same(groups, 6, 7)
     assert same(groups, 8, 9)
     assert len(set(groups.tolist())) == 4 + 20  # numbered photographs are no video
+
+
+def test_frames_of_label_studio_are_in_the_order_of_their_names_before_its_own(capsys):
+    still, digits = np.asarray(scene(1)), np.random.default_rng(0)
+    images = []
+    for number in range(20):
+        pixels = still.copy()
+        pixels[number, number] = 0
+        images.append(checked(f"{digits.integers(16**8):08x}-frame_{number}.jpg", Image.fromarray(pixels)))
+    annotations = SplitAnnotations("all", Path("."), [])
+    train, val = divide_results(annotations, [(image, [], 1) for image in images])
+    numbers = sorted(int(image.file_name[15:-4]) for image in val.images)
+    assert len(numbers) == 4
+    assert all(first // 2 in {number // 2 for number in numbers} for first in numbers)
+    assert all({2 * (number // 2), 2 * (number // 2) + 1} <= set(numbers) for number in numbers)  # runs of two
+    assert "runs of consecutive" in capsys.readouterr().err
+    assert source_names(["a/3f2b1c4d-x.jpg", "y.jpg"]) == [("a/3f2b1c4d-x", False), ("y", False)]  # not all have one
+    assert sorted(["f_10", "f_9", "f", "e_2"], key=natural_key) == ["e_2", "f", "f_9", "f_10"]
 
 
 def test_likeness_that_is_enough_in_a_series_is_not_between_others():

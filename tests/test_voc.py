@@ -122,6 +122,35 @@ def test_flags(tmp_path, text, difficult, truncated, crowd):
     assert one.box == (0, 0, 5, 6)
 
 
+def test_a_box_that_cvat_turned(tmp_path):
+    attributes = "<attributes><attribute><name>rotation</name><value>-90.0</value></attribute></attributes>"
+    (tmp_path / "a.xml").write_text(annotation(flags=attributes))
+    _, (one,), (problem,) = parse_voc_xml(tmp_path / "a.xml")
+    assert one.box == pytest.approx((-0.5, 0.5, 5.5, 5.5))  # was 0, 0, 5, 6
+    assert problem.kind == "rotated box"
+
+
+def test_folders_of_splits_by_another_name_and_of_classes(tmp_path):
+    for folder, name in (("train", "a"), ("valid", "b"), ("cats/cats", "c")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{name}.xml").write_text(annotation())
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{name}.jpg")
+    (parse,) = read_voc([tmp_path], "val").records
+    assert parse().file_name == "b.jpg"
+    with pytest.raises(DataError, match="nor a folder train with XML files; those that have are cats: name some"):
+        read_voc([tmp_path / "cats"], "train")
+
+
+def test_several_folders_whose_images_are_links(tmp_path):
+    for year in ("2007", "2012"):
+        make_voc(tmp_path / year, [f"a{year}"])
+        (tmp_path / year / "JPEGImages").rename(tmp_path / f"elsewhere{year}")
+        (tmp_path / year / "JPEGImages").symlink_to(tmp_path / f"elsewhere{year}", target_is_directory=True)
+    split = read_voc([tmp_path / "2007", tmp_path / "2012"], "train")
+    assert [parse().file_name for parse in split.records] == [f"{y}/JPEGImages/a{y}.jpg" for y in ("2007", "2012")]
+    assert split.image_root == tmp_path
+
+
 @pytest.mark.parametrize("value", ["2", "yes", "-1", "maybe"])
 def test_other_flags_are_named_and_not_set(tmp_path, value):
     (tmp_path / "a.xml").write_text(annotation(flags=f"<difficult>{value}</difficult>"))

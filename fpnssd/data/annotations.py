@@ -5,6 +5,7 @@ A reader opens only the files that describe a split. The annotation of an image 
 
 import codecs
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -144,6 +145,27 @@ def parse_flags(values: Mapping[str, object], where: str, problems: list[Problem
             problems.append(Problem("flag unreadable", f"{where}: {field_name} {error}"))
         flags["crowd" if field_name == "iscrowd" else field_name] = flag
     return {**flags, "difficult": bool(flags["difficult"]), "crowd": bool(flags["crowd"])}
+
+
+def rotated_box(box: tuple[float, float, float, float], degrees: object) -> tuple[float, float, float, float]:
+    """The box around a box that is turned about its centre.
+
+    Args:
+        box: xyxy, before the turn.
+        degrees: the angle; None, or anything that is not a finite number, for none.
+    """
+    try:
+        angle = parse_number(degrees)
+    except ValueError:
+        return box
+    if not math.isfinite(angle) or angle % 180 == 0:
+        return box
+    turn = math.radians(angle)
+    x0, y0, x1, y1 = box
+    width = abs((x1 - x0) * math.cos(turn)) + abs((y1 - y0) * math.sin(turn))
+    height = abs((x1 - x0) * math.sin(turn)) + abs((y1 - y0) * math.cos(turn))
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
 def parse_size(height: object, width: object) -> tuple[float, float] | None:

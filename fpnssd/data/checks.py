@@ -52,6 +52,7 @@ REPAIRED = {
     "image named twice": "listed once",
     "EXIF rotation applied": "boxes are those of the turned image",
     "polygon instead of a box": "its enclosing box",
+    "rotated box": "its enclosing box",
     "label files in two places differ": "the first is read",
     "flag unreadable": "object kept, the flag is taken as not set",
     "area unusable": "the box's area is used",

@@ -25,6 +25,7 @@ from fpnssd.data.annotations import (
     parse_flags,
     parse_number,
     parse_size,
+    rotated_box,
 )
 from fpnssd.data.images import DataError
 
@@ -217,7 +218,9 @@ def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
     content = read_coco_json(path)
     categories = read_categories(path, content["categories"])
     problems: list[Problem] = []
-    records = read_images(path, content["images"], problems)
+    # Label Studio writes the size of the image as stored, and boxes in pixels of the image as shown, which is turned.
+    no_sizes = content["info"].get("contributor") == "Label Studio"
+    records = read_images(path, content["images"], problems, no_sizes)
     if not records:
         raise DataError(f"split {split!r} is empty: {path} lists no image")
     unique = list({id(record): record for record in records.values()}.values())
@@ -247,8 +250,13 @@ def look_up(table: dict, key: object) -> Any:
         return None
 
 
-def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dict[int | str, Record]:
-    """{id: Record} of a file's images; two ids of one file name share a record. DataError where one is unusable."""
+def read_images(
+    path: Path, entries: list[dict], problems: list[Problem], no_sizes: bool = False
+) -> dict[int | str, Record]:
+    """{id: Record} of a file's images; two ids of one file name share a record. DataError where one is unusable.
+
+    With no_sizes the records have no size, so that images are turned by their EXIF orientation.
+    """
     records: dict[int | str, Record] = {}
     by_name: dict[str, Record] = {}
     for entry in entries:
@@ -270,7 +278,7 @@ def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dic
         name = name.replace("\\", "/")  # Windows
         # A string id stays a string: results have to use the ids of the file.
         written_id = entry["id"] if isinstance(entry["id"], str) else image_id
-        record = Record(name, str(path), [], size, image_id=written_id)
+        record = Record(name, str(path), [], None if no_sizes else size, image_id=written_id)
         records[image_id] = by_name.setdefault(posixpath.normpath(name), record)
         if records[image_id] is not record:
             where = f"{path}: {name} is image {records[image_id].image_id!r} and {written_id!r}"
@@ -288,7 +296,7 @@ def find_image_root(path: Path, split: str, image_root: object, records: Sequenc
         DataError: no image of a sample is in any of them.
     """
     subset = path.stem.partition("_")[2] or path.stem  # of instances_train2017.json: train2017
-    below = ("", "images", "data", subset, split, f"images/{subset}", f"images/{split}")
+    below = ("", "images", "data", subset, path.stem, split, f"images/{subset}", f"images/{split}")
     folders = [folder / part for folder in (path.parent, path.parent.parent) for part in below]
     if isinstance(image_root, str):
         folders.insert(0, path.parent / image_root)
@@ -323,6 +331,10 @@ def read_object(entry: dict, name: str, text: str, problems: list[Problem]) -> R
             problems.append(Problem("object without a box", f"{text} has {why}"))
             return None
         problems.append(Problem("polygon instead of a box", text))
+    attributes = entry.get("attributes")  # CVAT's
+    if isinstance(attributes, dict) and (turned := rotated_box(edges, attributes.get("rotation"))) != edges:
+        problems.append(Problem("rotated box", f"{text}: {attributes['rotation']!r:.80} degrees"))
+        edges = turned
     values = {flag: entry.get(flag) for flag in ("difficult", "iscrowd", "truncated")}
     flags = parse_flags(values, text, problems)
     area = None

@@ -8,6 +8,7 @@ A random division is not enough. Two frames of a video, one in train and one in 
 and a rare class may have no image in val at all.
 """
 
+import posixpath
 import re
 import sys
 from collections import defaultdict
@@ -65,8 +66,12 @@ def divide_results(
     Raises:
         DataError: there are fewer than two groups of images.
     """
-    named = sorted((image.file_name, place) for place, (image, *_) in enumerate(results) if image is not None)
-    usable = [place for _, place in named]
+    named = [(image.file_name, place) for place, (image, *_) in enumerate(results) if image is not None]
+    sources = source_names([name for name, _ in named])
+    order = sorted(
+        (natural_key(source), name, place) for (source, _), (name, place) in zip(sources, named, strict=True)
+    )
+    usable = [place for *_, place in order]
     images = [image for place in usable if (image := results[place][0]) is not None]
     if not images:
         return [collect_results("train", annotations, results)]
@@ -118,7 +123,7 @@ def group_images(images: Sequence[CheckedImage]) -> np.ndarray:
     if not images:
         return groups
     descriptors = np.stack([image.descriptor for image in images])
-    names = [_source_name(image.file_name) for image in images]
+    names = source_names([image.file_name for image in images])
     _join_equal(groups, [image.digest for image in images])
     _join_equal(groups, [source if augmented else place for place, (source, augmented) in enumerate(names)])
     series = defaultdict(list)
@@ -145,13 +150,26 @@ def group_images(images: Sequence[CheckedImage]) -> np.ndarray:
     return groups
 
 
-def _source_name(file_name: str) -> tuple[str, bool]:
-    """A file's name without ending and without what Roboflow adds to it, and whether that was there."""
-    name = re.sub(r"\.[^./]+$", "", file_name)
-    source, augmented, _ = name.partition(".rf.")
-    return (
-        (re.sub(r"_(jpe?g|png|bmp|webp|tiff?)$", "", source, flags=re.IGNORECASE), True) if augmented else (name, False)
-    )
+def source_names(file_names: Sequence[str]) -> list[tuple[str, bool]]:
+    """The files' names without ending and without what tools add, and whether Roboflow added something.
+
+    Roboflow writes NAME_jpg.rf.HASH.jpg, Label Studio HASH-NAME.jpg with 8 hexadecimal digits before each name.
+    """
+    names = [re.sub(r"\.[^./]+$", "", name) for name in file_names]
+    if all(re.match(r"[0-9a-f]{8}-.", posixpath.basename(name)) for name in names):
+        names = [re.sub(r"[0-9a-f]{8}-([^/]+)$", r"\1", name) for name in names]
+    sources = []
+    for name in names:
+        source, augmented, _ = name.partition(".rf.")
+        if augmented:
+            source = re.sub(r"_(jpe?g|png|bmp|webp|tiff?)$", "", source, flags=re.IGNORECASE)
+        sources.append((source, bool(augmented)))
+    return sources
+
+
+def natural_key(name: str) -> list[tuple[str, int]]:
+    """A key that sorts frame_2 before frame_10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _join_equal(groups: np.ndarray, keys: Iterable[Hashable]) -> None:

@@ -30,8 +30,10 @@ from fpnssd.data.annotations import (
     parse_size,
     read_lines,
     relative_path,
+    rotated_box,
 )
 from fpnssd.data.images import DataError, is_image_name
+from fpnssd.data.yolo_config import SAME_SPLIT
 from fpnssd.data.yolo_labels import IMAGE_FOLDERS
 
 # fmt: off
@@ -68,16 +70,22 @@ class VocFolder:
         self.annotations, self.images = folder / "Annotations", folder / "JPEGImages"
         self.split_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         self._files: dict[str, dict[str, Path]] = {}  # folder -> image files by their names with and without ending
-        if not whole and not self.annotations.exists() and any((folder / split).glob("*.xml")):
-            self.whole, folder = True, folder / split  # Roboflow's
+        same = (split, *SAME_SPLIT) if split in SAME_SPLIT else (split,)
+        below = [folder / name for name in same if any((folder / name).glob("*.xml"))]
+        if not whole and not self.annotations.exists() and below:
+            self.whole, folder = True, below[0]  # Roboflow's
         if self.whole:
             self.annotations, self.images = whole_folders(folder)
             return
         for part in (self.annotations, self.split_file.parent, self.images):
             if not part.is_dir():
+                advice = ". Without --splits, XML files and images of any folder are divided into train and val"
+                if others := ", ".join(sorted(find_voc_splits([folder]))):
+                    advice = (
+                        f", nor a folder {split} with XML files; those that have are {others}: name some with --splits"
+                    )
                 raise DataError(
-                    f"{folder} is not a VOC folder: it has no {part.relative_to(folder).as_posix()}. Without --splits, "
-                    "XML files and images of any folder are divided into train and val"
+                    f"{folder} is not a VOC folder: it has no {part.relative_to(folder).as_posix()}{advice}"
                 )
 
     def has_split(self) -> bool:
@@ -200,7 +208,9 @@ def common_image_root(sources: Sequence[VocFolder]) -> Path:
     if len(sources) == 1:
         return sources[0].images
     for source in sources:
-        source.images, source.annotations = source.images.resolve(), source.annotations.resolve()
+        folder = source.folder.resolve()  # not of what is below: JPEGImages may be a link to elsewhere
+        source.images = folder / source.images.relative_to(source.folder)
+        source.annotations = folder / source.annotations.relative_to(source.folder)
     return Path(os.path.commonpath([source.folder.resolve() for source in sources]))
 
 
@@ -255,6 +265,11 @@ def parse_voc_xml(path: Path) -> tuple[tuple[float, float] | None, list[RawObjec
         xmin, ymin, xmax, ymax = (read_number(box, tag, path) for tag in ("xmin", "ymin", "xmax", "ymax"))
         # xmax == xmin is one pixel in VOC, which has no such box, and an empty box in tools with exclusive corners.
         edges = (xmin - (xmax > xmin), ymin - (ymax > ymin), xmax, ymax)
+        for attribute in element.findall("attributes/attribute"):  # CVAT's
+            degrees = attribute.findtext("value") if attribute.findtext("name") == "rotation" else None
+            if (turned := rotated_box(edges, degrees)) != edges:
+                problems.append(Problem("rotated box", f"{path}: {name}: {degrees!r:.80} degrees"))
+                edges = turned
         values = {flag: element.findtext(flag) for flag in ("difficult", "crowd", "truncated")}
         flags = parse_flags(values, f"{path}: {name}", problems)
         objects.append(RawObject(name, edges, text=f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})", **flags))
