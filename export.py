@@ -303,8 +303,9 @@ def compare(
     largest = {"score": 0.0, "box": 0.0}
     for batch in images.split(8):
         (offsets, logits), (other_offsets, other_logits) = original.forward(batch), exported.forward(batch)
-        if not (other_offsets.isfinite().all() and other_logits.isfinite().all()):
-            raise InputError("the exported network's outputs are not finite: its weights are too large for this form")
+        for outputs, what in ((offsets, logits), "checkpoint's"), ((other_offsets, other_logits), "exported file's"):
+            if not all(part.isfinite().all() for part in outputs):
+                raise InputError(f"the {what} outputs are not finite: do not use it")
         scores, other_scores = logits.softmax(dim=2)[..., 1:], other_logits.softmax(dim=2)[..., 1:]
         seen = scores.amax(dim=2) >= 0.05
         boxes, other_boxes = (decode_offsets(o, original.priors)[seen] for o in (offsets, other_offsets))

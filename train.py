@@ -180,7 +180,7 @@ class Trainer:
             self.plan.begin(state.step)
             self.plan.done = distributed.broadcast(self.plan.done)
             batches = setup.grouped(self.loader, self.accumulate) if done < self.steps_per_epoch else []
-            for step_batches in self.progress.steps(batches, state, self.steps_per_epoch, done):
+            for step_batches in self.progress.steps(batches, state, epoch + 1, self.steps_per_epoch, done):
                 if state.step < 3:
                     self.progress.draw_batch(step_batches[0], state.model.config.classes, state.step)
                 for group in state.optimizer.param_groups:
@@ -200,13 +200,17 @@ class Trainer:
             row |= {f"loss_{name}": mean for name, mean in state.means().items()} | self.progress.pace(state)
             detections = None
             self.finished = epoch + 1 == config.epochs or self.plan.out_of_time
-            if self.finished or ((epoch + 1) % config.eval_every == 0 and self.plan.fits_evaluation()):
+            if self.finished or ((epoch + 1) % config.eval_every == 0 and self.fits_evaluation()):
                 self.save()
                 metrics, detections = self.evaluate(row)
             self.end_epoch(row, detections)
             if self.stopping:
                 break
         return metrics
+
+    def fits_evaluation(self) -> bool:
+        """Whether the time limit leaves room for an evaluation here, as the main process sees it."""
+        return distributed.broadcast(self.plan.fits_evaluation())
 
     def train_step(self, batches: list[dict]) -> torch.Tensor:
         """Forward, loss, backward and update for one step. No synchronisation with the device.
@@ -246,7 +250,10 @@ class Trainer:
             Whether to stop here.
         """
         state, alone = self.state, distributed.num_processes() == 1
-        logs = state.step % self.config.log_every == 0 or is_last
+        first_steps = state.step == self.progress.begun_at + FIRST_STEPS
+        logs = state.step % self.config.log_every == 0 or is_last or first_steps
+        if logs:
+            state.read_losses()  # waits for the device, so that the pace is not that of launching its work
         done_before = self.plan.done
         self.plan.advance(state.step)
         if logs or alone:
@@ -254,7 +261,7 @@ class Trainer:
             self.stopping, self.plan.done = agreed
         else:  # several processes have to stop at the same step, with the same learning rates until then
             self.plan.done = done_before
-        logs = logs or self.plan.out_of_time or state.step == self.progress.begun_at + FIRST_STEPS
+        logs = logs or self.plan.out_of_time
         due = time.monotonic() - self.last_save > 60 * self.config.save_minutes
         if logs or due or (alone and self.stop.requested):
             state.read_losses()
@@ -311,7 +318,7 @@ class Trainer:
         """Runs train_epochs, turns failures into TrainingStopped, and prints a summary."""
         config, state, folder, metrics = self.config, self.state, self.folder, None
         if self.finished and distributed.is_main():
-            over = f"the {config.minutes:g} minutes of {folder.path} are over (a larger --minutes continues)"
+            over = f"the {state.ended_minutes:g} minutes of {folder.path} are over (a larger --minutes continues)"
             complete = f"all {config.epochs} epochs of {folder.path} are done"
             print(f"nothing left to do: {over if self.epochs_done < config.epochs else complete}")
         try:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fpnssd.data.annotations import parse_flag, parse_number, parse_size, rotated_box
-from fpnssd.data.checks import check_objects
+from fpnssd.data.checks import check_image, check_objects
 from fpnssd.data.coco import enclosing_box, parse_id, read_coco
 from fpnssd.data.data_list import DataList
 from fpnssd.data.images import DataError
@@ -130,8 +130,17 @@ def test_a_turned_square_needs_more_room_by_the_root_of_two():
 
 
 def test_label_studio_writes_sizes_before_the_turn_and_boxes_after_it(write):
-    (record,), _, _ = read_one(write(info={"contributor": "Label Studio"}))
-    assert record.size is None  # so that the image is turned by its EXIF orientation
+    path = write(info={"contributor": "Label Studio"})
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.new("RGB", (100, 80)).save(path.parent / "a.jpg", exif=tags)
+    checked, _ = check_image(read_one(path)[0][0], path.parent)
+    assert checked.apply_exif
+    assert checked.size == (100, 80)
+    Image.new("RGB", (50, 40)).save(path.parent / "a.jpg", exif=tags)
+    checked, problems = check_image(read_one(path)[0][0], path.parent)
+    assert checked is None
+    assert [problem.kind for problem in problems][-1] == "size differs from the annotation's"
 
 
 def test_polygons_may_be_pairs():

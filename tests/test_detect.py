@@ -98,7 +98,7 @@ def test_command_line(folder, tmp_path, capsys):
     counts = {name: sum(line.startswith(f"  {name} ") for line in lines) for name in ("cat", "dog")}
     total = printed.out.splitlines()[-1]
     assert total.startswith("2 images: ")
-    assert total.endswith("; 2 failed")
+    assert total.endswith("; 2 failures")
     assert all((f"{name} {count}" in total) == (count > 0) for name, count in counts.items())
 
 

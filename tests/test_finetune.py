@@ -184,6 +184,11 @@ def test_a_limit_that_ends_with_an_epoch_is_over_too(drawn, in_tmp, monkeypatch,
         train(tiny_config(drawn, minutes=171 / 60, epochs=1000, eval_every=1000), resume=started > 0, started=started)
         assert [row["step"] for row in load_checkpoint("runs/tiny/last.pth.tar")["log"]] == [3, 6]
     assert "the 2.85 minutes of runs/tiny are over" in capsys.readouterr().out
+    last = load_checkpoint("runs/tiny/last.pth.tar")
+    del last["ended_minutes"], last["elapsed"], last["format_version"]  # the first two: as in files of earlier versions
+    save_checkpoint("runs/tiny/last.pth.tar", last.pop("model"), **last)
+    train(tiny_config(drawn, epochs=3), resume=True)
+    assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 9
 
 
 def test_a_resumed_training_keeps_to_what_is_left(drawn, in_tmp, monkeypatch):

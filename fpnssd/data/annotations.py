@@ -48,6 +48,7 @@ class Record:
     objects: list[RawObject]
     size: tuple[float, float] | None = None  # (height, width); None: the file does not say
     normalized: bool = False  # boxes are in 0..1 of the image
+    turned: bool = False  # boxes are of the image turned by its EXIF orientation, even if the size is that as stored
     image_id: int | str | None = None
     problems: list[Problem] = field(default_factory=list)  # found while reading
 

@@ -135,12 +135,12 @@ def check_image(record: Record, image_root: Path, image_size: int = 300) -> tupl
                 problems.append(Problem("image of another mode", f"{path}: {image.mode}{transparent}"))
             if getattr(image, "is_animated", False):  # n_frames would decode all frames of a GIF to count them
                 problems.append(Problem("animated image", str(path)))
-            apply_exif, problem = judge_exif(image, record.size)
+            apply_exif, problem = judge_exif(image, None if record.turned else record.size)
             if problem:
                 problems.append(Problem(problem, str(path)))
             pixels = to_rgb(upright(image) if apply_exif else image, str(path))
         size = (pixels.height, pixels.width)
-        if record.size not in (None, size):
+        if record.size not in ((None, size, size[::-1]) if record.turned else (None, size)):
             annotated, actual = ("x".join(f"{side:g}" for side in reversed(s)) for s in (record.size, size))
             sentence = f"{record.annotation} says {annotated}, {path} is {actual}"
             raise DataError(sentence, "size differs from the annotation's")

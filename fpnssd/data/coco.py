@@ -218,9 +218,10 @@ def read_coco_file(path: Path, split: str, folder: Path | None) -> CocoFile:
     content = read_coco_json(path)
     categories = read_categories(path, content["categories"])
     problems: list[Problem] = []
+    records = read_images(path, content["images"], problems)
     # Label Studio writes the size of the image as stored, and boxes in pixels of the image as shown, which is turned.
-    no_sizes = content["info"].get("contributor") == "Label Studio"
-    records = read_images(path, content["images"], problems, no_sizes)
+    for record in records.values():
+        record.turned = content["info"].get("contributor") == "Label Studio"
     if not records:
         raise DataError(f"split {split!r} is empty: {path} lists no image")
     unique = list({id(record): record for record in records.values()}.values())
@@ -250,13 +251,8 @@ def look_up(table: dict, key: object) -> Any:
         return None
 
 
-def read_images(
-    path: Path, entries: list[dict], problems: list[Problem], no_sizes: bool = False
-) -> dict[int | str, Record]:
-    """{id: Record} of a file's images; two ids of one file name share a record. DataError where one is unusable.
-
-    With no_sizes the records have no size, so that images are turned by their EXIF orientation.
-    """
+def read_images(path: Path, entries: list[dict], problems: list[Problem]) -> dict[int | str, Record]:
+    """{id: Record} of a file's images; two ids of one file name share a record. DataError where one is unusable."""
     records: dict[int | str, Record] = {}
     by_name: dict[str, Record] = {}
     for entry in entries:
@@ -278,7 +274,7 @@ def read_images(
         name = name.replace("\\", "/")  # Windows
         # A string id stays a string: results have to use the ids of the file.
         written_id = entry["id"] if isinstance(entry["id"], str) else image_id
-        record = Record(name, str(path), [], None if no_sizes else size, image_id=written_id)
+        record = Record(name, str(path), [], size, image_id=written_id)
         records[image_id] = by_name.setdefault(posixpath.normpath(name), record)
         if records[image_id] is not record:
             where = f"{path}: {name} is image {records[image_id].image_id!r} and {written_id!r}"

@@ -66,12 +66,8 @@ def divide_results(
     Raises:
         DataError: there are fewer than two groups of images.
     """
-    named = [(image.file_name, place) for place, (image, *_) in enumerate(results) if image is not None]
-    sources = source_names([name for name, _ in named])
-    order = sorted(
-        (natural_key(source), name, place) for (source, _), (name, place) in zip(sources, named, strict=True)
-    )
-    usable = [place for *_, place in order]
+    named = sorted((image.file_name, place) for place, (image, *_) in enumerate(results) if image is not None)
+    usable = [place for _, place in named]
     images = [image for place in usable if (image := results[place][0]) is not None]
     if not images:
         return [collect_results("train", annotations, results)]
@@ -139,6 +135,7 @@ def group_images(images: Sequence[CheckedImage]) -> np.ndarray:
     numbers, counts = np.unique(groups, return_counts=True)
     if len(images) > 2 and counts.max() > len(images) / 2:
         scene = np.flatnonzero(groups == numbers[counts.argmax()])
+        scene = np.array(sorted(scene, key=lambda place: natural_key(names[place][0])))
         print(
             f"note: {len(scene)} of {len(images)} images show nearly the same scene, such as "
             f"{images[scene[0]].file_name}: they are cut into {min(RUNS, len(scene))} runs of consecutive "
@@ -156,7 +153,8 @@ def source_names(file_names: Sequence[str]) -> list[tuple[str, bool]]:
     Roboflow writes NAME_jpg.rf.HASH.jpg, Label Studio HASH-NAME.jpg with 8 hexadecimal digits before each name.
     """
     names = [re.sub(r"\.[^./]+$", "", name) for name in file_names]
-    if all(re.match(r"[0-9a-f]{8}-.", posixpath.basename(name)) for name in names):
+    prefixes = [re.match(r"([0-9a-f]{8})-.", posixpath.basename(name)) for name in names]
+    if all(prefixes) and not all(prefix[1].isdigit() for prefix in prefixes if prefix):  # digits alone are dates
         names = [re.sub(r"[0-9a-f]{8}-([^/]+)$", r"\1", name) for name in names]
     sources = []
     for name in names:

@@ -80,7 +80,8 @@ class VocFolder:
         for part in (self.annotations, self.split_file.parent, self.images):
             if not part.is_dir():
                 advice = ". Without --splits, XML files and images of any folder are divided into train and val"
-                if others := ", ".join(sorted(find_voc_splits([folder]))):
+                others = "" if self.split_file.parent.is_dir() else ", ".join(sorted(find_voc_splits([folder])))
+                if others:
                     advice = (
                         f", nor a folder {split} with XML files; those that have are {others}: name some with --splits"
                     )

@@ -86,7 +86,7 @@ class Outputs:
         yolo_scores: write the sixth column of YOLO.
 
     Attributes:
-        failures: images and videos that failed.
+        failures: images and videos that failed, and single outputs of an image.
         images: images written; the frames of a video do not count.
         objects: how many objects of each class were detected in them.
 
@@ -210,7 +210,7 @@ class Outputs:
         """Prints how many objects of each class several images have, most frequent first."""
         if self.images > 1:
             classes = ", ".join(f"{name} {count}" for name, count in self.objects.most_common()) or "no objects"
-            self.print(f"{self.images} images: {classes}" + (f"; {self.failures} failed" if self.failures else ""))
+            self.print(f"{self.images} images: {classes}" + (f"; {self.failures} failures" if self.failures else ""))
 
     def _check(self, kind: str, path: Path, frame: dict[str, float] | None) -> None:
         """Checks a file of a video's frame; those of images were checked before any work."""

@@ -115,8 +115,9 @@ class TrainState:
             group |= {name: setting[name] for name in ("initial_lr", "weight_decay", "momentum") if name in setting}
         if checkpoint["scaler"]:  # empty but for fp16
             self.scaler.load_state_dict(checkpoint["scaler"])
+        before_limits = {"elapsed": 0.0, "ended_minutes": 0.0}  # what older files lack
         for name in TRAINING_FIELDS:
-            setattr(self, name, checkpoint.get(name, 0.0))  # files from before time limits existed lack two
+            setattr(self, name, (before_limits | checkpoint)[name])
         torch.set_rng_state(checkpoint["torch_rng"])
         if "cuda_rng" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])

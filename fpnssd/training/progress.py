@@ -43,18 +43,19 @@ class ProgressLogger:
 
             self.board = SummaryWriter(folder, purge_step=step + 1)  # drops later steps of a killed process
 
-    def steps(self, batches: Iterable[Any], state: TrainState, total: int, done: int) -> Iterator[Any]:
+    def steps(self, batches: Iterable[Any], state: TrainState, epoch: int, total: int, done: int) -> Iterator[Any]:
         """Yields the batches of an epoch, with a progress bar, and measures the time spent waiting for them.
 
         Args:
             batches: those that are left of the epoch.
             state: its step and seconds at the start of the epoch.
+            epoch: its number, from 1.
             total: steps of an epoch.
             done: number of these that were done before a resume.
         """
         self.started, self.waited, self.seconds = time.perf_counter(), 0.0, state.seconds
         self.first_step = self.shown = state.step
-        title = f"epoch {len(state.log) + 1}"
+        title = f"epoch {epoch}"
         hidden = None if is_main() else True  # None: hidden if stderr is not a terminal
         with tqdm(total=total, initial=done, desc=title, leave=False, disable=hidden) as self.bar:
             iterator = iter(batches)

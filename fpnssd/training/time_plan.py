@@ -91,7 +91,8 @@ class TimePlan:
         else:  # compiles, starts workers, takes memory: no measure of the pace
             self.first = now - self.last_end
         self.last_end = now
-        last = self.elapsed + self.stride * self.step_seconds > self.limit - self.end_seconds
+        next_steps = self.stride * self.step_seconds if self.recent else 0.0
+        last = self.elapsed + next_steps > self.limit - self.end_seconds
         self.done = 1.0 if last else max(self.done, step / self.num_steps, self._share_of_time())
         return self.done
 
