@@ -41,7 +41,7 @@ from starlette.routing import Route
 from fpnssd.data.images import MAX_PIXELS, load_image
 from fpnssd.inference.detector import RUNTIMES, Detections, Detector, load_detector
 from fpnssd.inference.draw import annotate, class_colour
-from fpnssd.inference.http_server import Bodies, Guard, Kept, listen, make_server
+from fpnssd.inference.http_server import Bodies, Guard, Kept, Unread, listen, make_server
 from model import DEFAULT_CHECKPOINT, DETECTION
 from utils import HelpFormatter, InputError, error_message, whole_number
 
@@ -69,6 +69,7 @@ class Limits:
     bodies: int = 64  # requests whose body is in memory
     body_seconds: float = 30.0  # in which a body has to arrive
     kept_bytes: int = 256 * 2**20  # of pictures and outputs kept for the page
+    unread_bytes: int = 256 * 2**20  # of annotated pictures that clients have not read yet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,6 +162,7 @@ class Service:
         self.detector, self.limits = detector, limits
         self.kept: Kept[Outputs] = Kept(limits.kept_bytes)
         self.bodies = Bodies(limits.file_bytes, limits.bodies, limits.body_seconds)
+        self.unread = Unread(limits.unread_bytes)
         self.limiter = anyio.CapacityLimiter(limits.at_once)
         self.examples = example_pictures()
 
@@ -221,7 +223,7 @@ class Service:
 
     async def annotated(self, request: Request) -> Response:
         thresholds, outputs = self.thresholds_of(request), self.kept.get(request.path_params["id"])
-        return Response(await self.in_thread(request, self.draw, outputs, thresholds), media_type="image/jpeg")
+        return self.unread.response(await self.in_thread(request, self.draw, outputs, thresholds), "image/jpeg")
 
     async def preview(self, request: Request) -> Response:
         return Response(self.kept.get(request.path_params["id"]).preview, media_type="image/jpeg")

@@ -122,14 +122,33 @@ def pickle_of_zip(path: str | Path) -> IO[bytes]:
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        first = min((entry.header_offset for entry in entries), default=-1)
+        if first != 0 or archive.start_dir != _directory_offset(path, len(archive.comment)):
+            raise CheckpointError("has bytes around its archive, which torch.save never writes")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise CheckpointError("is compressed, which torch.save never does")
         if sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise CheckpointError("describes more bytes than it has")
-        names = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+        names = [entry.filename for entry in entries if entry.filename.casefold().endswith("/data.pkl")]
+        if len({entry.filename.partition("/")[0] for entry in entries}) != 1:
+            raise CheckpointError("has more than one folder, which torch.save never writes")
         if len(names) != 1 or any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise CheckpointError("is a zip file without data.pkl, so torch.save did not write it")
         return archive.open(names[0])
+
+
+def _directory_offset(path: str | Path, comment_bytes: int) -> int:
+    """Where the end of a zip file says that its directory is.
+
+    torch's reader believes it. zipfile corrects it where bytes precede the archive, and may so read another directory.
+    """
+    with open(path, "rb") as file:
+        file.seek(-min(42 + comment_bytes, os.path.getsize(path)), os.SEEK_END)
+        locator, end = file.read(20), file.read(22)
+        if locator[:4] == b"PK\6\7":  # of the 64 bit record
+            file.seek(int.from_bytes(locator[8:16], "little") + 48)
+            return int.from_bytes(file.read(8), "little")
+        return int.from_bytes(end[16:20], "little")
 
 
 def _check_pickle(file: IO[bytes], size: int) -> None:

@@ -399,6 +399,34 @@ def test_bodies_never_exceed_their_bound():
     assert not bodies.sizes
 
 
+def test_responses_that_nobody_reads_are_bounded():
+    """Each of three clients stops reading after the first part; two responses fit."""
+    unread, sent, body = http_server.Unread(2 * 10**6), [0, 0, 0], os.urandom(10**6)
+
+    async def respond(number):
+        async def send(message):
+            if sent[number]:
+                await anyio.sleep_forever()
+            sent[number] += len(message.get("body", b""))
+
+        await unread.response(body, "image/jpeg")({"type": "http"}, None, send)
+        finished.append(number)
+
+    async def respond_to_all():
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(respond, number)
+                await anyio.sleep(0.01)
+            assert finished == [0]
+            assert sum(unread.sizes.values()) == 2 * 10**6
+            group.cancel_scope.cancel()
+
+    finished = []
+    anyio.run(respond_to_all)
+    assert sent == [http_server.PART_BYTES] * 3
+    assert not unread.sizes
+
+
 def test_slow_clients_are_bounded_in_memory_and_keep_nobody_out(server, sent):
     bodies, seen = server.service.bodies, []
     clients = [connect(server, body_head(2_000_000) + bytes(1_900_000)) for _ in range(40)]

@@ -206,7 +206,9 @@ def small_bombs():
     for form in ("JPEG", "PNG", "WEBP", "AVIF"):
         if form != "AVIF" or features.check("avif"):
             yield form, with_exif(form, tags)
-    yield "TIFF", tiff([(1000 + k, 7, 2_000_000, 0) for k in range(200)], bytes(2_000_000))
+    bomb = tiff([(1000 + k, 7, 2_000_000, 0) for k in range(200)], bytes(2_000_000))
+    yield "TIFF", bomb
+    yield "TIFF by another of its headers", b"II\0*" + bomb[4:]
     directory = struct.pack("<H", 200) + b"".join(struct.pack("<HHII", 1000 + k, 7, 2_000_000, 0) for k in range(200))
     place = len(tiff([(34665, 4, 1, 0)]))
     yield "EXIF of TIFF", tiff([(34665, 4, 1, place)], directory + bytes(2_000_000))
@@ -238,6 +240,7 @@ def test_headers_that_lie_are_refused():
     canvas = b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0x80, 0, 0) + bytes(6) + b"\x2c"
     canvas += struct.pack("<4HB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0;"
     for data, said in (
+        (encoded(Image.new("1", (1, 65_536)), "PNG"), "1 x 65536 pixels, with a side of more than 65,535"),
         (tile, "tiles have 16384 x 16384"), (scans, "more than 500 scans"), (canvas, "refused"),
         (b"P2\n1 1 255\n7", "not a binary"), (b"P5\n" + b" " * 70_000 + b"1 1 255 a", "64 kB"),
         (b"P5\n1500 1500\n254\n" + bytes(1500 * 1500), "takes too long"),

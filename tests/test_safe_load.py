@@ -112,6 +112,20 @@ def test_pickles_and_whole_objects_are_told_how_to_be_converted(tmp_path):
         assert "python -m fpnssd.legacy.convert" in refused(tmp_path / f"{name}.pth.tar")
 
 
+def test_another_file_before_or_inside_of_the_archive(state, tmp_path):
+    """torch would load the older format before it, or the directory that the end names; zipfile reads the last."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "good.pth.tar")
+    torch.save({"b": 1}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    good, old = ((tmp_path / f"{name}.pth.tar").read_bytes() for name in ("good", "old"))
+    for before in (old, good):
+        (tmp_path / "two.pth.tar").write_bytes(before + good)
+        assert "bytes around its archive" in refused(tmp_path / "two.pth.tar")
+    with zipfile.ZipFile(tmp_path / "folders.pth.tar", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({}))
+        archive.writestr("b/data", "")
+    assert "more than one folder" in refused(tmp_path / "folders.pth.tar")
+
+
 def test_numbers_that_are_not_there(tmp_path):
     torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pth.tar")
     content = (tmp_path / "a.pth.tar").read_bytes()

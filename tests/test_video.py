@@ -113,7 +113,8 @@ def test_videos_of_one_name_are_both_kept(folder, tmp_path):
 
 
 def test_times_that_are_missing_or_out_of_order_are_mended(folder, tmp_path):
-    """Frames with the times None, 3, 1, None: written files need each later than the one before."""
+    """Frames with the times None, 3, 1, None: written files need each later than the one before. Then a clock that
+    starts again, as where files were joined."""
     video = Video(str(folder / "clip.mp4"))
     frame = next(av.open(str(folder / "clip.mp4")).decode(video=0))
     step = round(1 / (video.rate * video.time_base))
@@ -126,12 +127,17 @@ def test_times_that_are_missing_or_out_of_order_are_mended(folder, tmp_path):
             pass
 
         def decode(self, _):
-            for time in (None, 3, 1, None):
+            for time in times:
                 frame.pts = time
                 yield frame
 
-    video._container = Container()
+    video._container, times = Container(), (None, 3, 1, None)
     assert [time for _, time in video] == [0, 3, 4, 4 + step]
+    second = round(1 / video.time_base)
+    times = (5 * second, 6 * second, 7, 7 + step, None)
+    assert [time for _, time in video] == [5 * second, *(6 * second + step * k for k in range(4))]
+    video.source, times = "camera:0", (900 * second, 900 * second + step)
+    assert [time for _, time in video] == [0, step]
 
 
 def write_at_one_time(video, path):

@@ -16,6 +16,7 @@ MAX_TILES_A_MEGAPIXEL = 2000  # of a JPEG 2000, whose decoder takes 8 kB for eac
 MAX_TAG_VALUES = 400_000  # numbers in the tags of a TIFF; two of its colour palettes of 16 bits
 
 _PNG_KEPT = (b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf")  # transparency, animation, EXIF
+_TIFF_HEADERS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")  # all that Pillow opens
 _TIFF_BYTE_TYPES = (1, 2, 6, 7)  # bytes and text, which stay as they are; other values become Python's numbers
 _TIFF_TILE_SIDES = (322, 323)
 _TIFF_DIRECTORIES = (34665, 34853, 40965)  # EXIF, GPS and interoperability
@@ -50,7 +51,7 @@ def prepare(file: BinaryIO) -> BinaryIO:
         return io.BytesIO(_clean_gif(file.read()))
     if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
         return io.BytesIO(_clean_avif(file.read()))
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if head[:4] in _TIFF_HEADERS:
         _check_tiff(file)
     elif head[:2] == b"BM" or head[:4] in _DIB_HEADERS:
         _check_bmp(file)
@@ -144,7 +145,8 @@ def _clean_gif(data: bytes) -> bytes:
 
 def _clean_avif(data: bytes) -> bytes:
     """Renames the EXIF item, so that it is ignored: an AVIF's orientation is a property of the image itself."""
-    return re.sub(rb"(infe[\x02\x03]\0\0.(?:..|....)\0\0)Exif", rb"\1skip", data, flags=re.DOTALL)
+    # infe: version, flags (3 bytes), id (2 or 4), protection (2), type.
+    return re.sub(rb"(infe[\x02\x03]...(?:..|....)..)Exif", rb"\1skip", data, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def _check_tiff(file: BinaryIO) -> None:
     """Walks the first directory and those below it; Pillow reads every value of each into memory."""
     head = file.read(16).ljust(16, b"\0")
     order = "<" if head[:2] == b"II" else ">"
-    big = b"+" in head[2:4]
+    big = head[2] == ord("+")  # as Pillow decides it
     file_bytes = file.seek(0, io.SEEK_END)
     pending = list(struct.unpack_from(order + ("Q" if big else "L"), head, 8 if big else 4))
     seen: set[int] = set()

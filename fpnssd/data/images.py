@@ -32,6 +32,7 @@ _WANTED = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # MPO has no opener: its files are opened as JPEG
 IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _WANTED)
 MAX_PIXELS = 89_000_000  # per image: larger ones are refused before they are decoded
+MAX_SIDE = 65_535  # as in JPEG; fit_image takes memory for the longer side times the network's
 
 SLOW_PIXELS = 2_000_000  # per image of a format that Pillow decodes in Python, seconds per megapixel
 
@@ -113,7 +114,7 @@ def open_image(
     Args:
         source: a path, or a file open for reading.
         name: name of the image in messages; by default its path.
-        max_pixels: an image with more is refused before it is decoded.
+        max_pixels: an image with more is refused before it is decoded, as one with a side above MAX_SIDE is.
         max_bytes: an image is refused whose decoding would take more memory (see decoding_bytes); None for no limit.
 
     Raises:
@@ -128,6 +129,9 @@ def open_image(
                 image.info["exif"] = exif_with(exif_orientation(exif))
             # Pillow reads 16 bits a channel of a colour image as 8, by leaving out the lower ones.
             image.info["16 bits"] = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
+            if max(image.size) > MAX_SIDE:
+                sentence = f"{image.width} x {image.height} pixels, with a side of more than {MAX_SIDE:,}"
+                raise Image.DecompressionBombError(sentence)
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
             if image.tile and image.tile[0][0] == "ppm" and image.width * image.height > SLOW_PIXELS:

@@ -53,8 +53,8 @@ def annotate(image: Image.Image, detections: Detections) -> Image.Image:
     """
     annotated = image.copy()
     draw = ImageDraw.Draw(annotated)
-    longer_side = max(annotated.size)
-    line, text_size = max(2, round(longer_side / 250)), max(11, round(longer_side / 40))
+    side = min(max(annotated.size), 5 * min(annotated.size))
+    line, text_size = max(2, round(side / 250)), max(11, round(side / 40))
     rows = detections.rows()
     for box, _, label, _ in reversed(rows):
         draw.rectangle(box, outline=class_colour(label), width=line)
@@ -127,7 +127,7 @@ def label_text(name: str, label: int, size: int) -> tuple[str, ImageFont.FreeTyp
     return name, open_font(path, size)
 
 
-@functools.cache
+@functools.lru_cache(32)
 def open_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """A font file in this size; "" is Pillow's own font, which has Latin letters."""
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)

@@ -20,7 +20,7 @@ import uvicorn
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -29,6 +29,7 @@ from utils import InputError
 HOST_HEADER = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/?#\s]+)(:[0-9]+)?")  # name or address, and a port
 MAX_CONNECTIONS = 256
 CONNECTION_SECONDS = 120.0
+PART_BYTES = 2**18  # of a response, in the connection's buffer at a time
 GRACE_SECONDS = 1.0  # for running requests at shutdown
 EXIT_SECONDS = 4.0  # after which the process exits even if a thread is busy
 
@@ -80,6 +81,45 @@ class Guard:
         if any(origin.lower().partition("://")[2] != hosts[0] for origin in headers.getlist("origin")):
             return "the request comes from a page of another site"
         return None
+
+
+class Unread:
+    """Bounds the bytes of responses that clients have not read yet.
+
+    Beyond the bound the response that has been sent for the longest time is dropped, and its connection closed.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.sizes: dict[anyio.CancelScope, int] = {}  # the oldest first
+
+    def response(self, content: bytes, media_type: str) -> Response:
+        return _CountedResponse(self, content, media_type)
+
+
+class _CountedResponse(Response):
+    """A response that is sent in parts, each after the client has read the one before, so that the rest is counted."""
+
+    def __init__(self, unread: Unread, content: bytes, media_type: str):
+        super().__init__(content, media_type=media_type)
+        self.unread = unread
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sizes = self.unread.sizes
+        with anyio.CancelScope() as cancel:
+            sizes[cancel] = len(self.body)
+            try:
+                for oldest in list(sizes)[:-1]:
+                    if sum(sizes.values()) > self.unread.max_bytes:
+                        del sizes[oldest]
+                        oldest.cancel()
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                for start in range(0, len(self.body), PART_BYTES):
+                    part = self.body[start : start + PART_BYTES]
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                await send({"type": "http.response.body"})
+            finally:
+                sizes.pop(cancel, None)
 
 
 class Bodies:

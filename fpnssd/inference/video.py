@@ -75,15 +75,22 @@ class Video:
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         av = import_av()
         step = max(1, round(1 / (self.rate * self.time_base)))
-        count, time = 0, None
+        second = round(1 / self.time_base)
+        count, offset, time = 0, 0, None
         with self._container:
             try:
                 for frame in self._container.decode(self._stream):
                     count += 1
                     image, before = frame.to_image(), time
-                    time = frame.pts  # may be missing or out of order in damaged and old files
-                    if before is not None and (time is None or time <= before):
-                        time = before + (step if time is None else 1)
+                    time = None if frame.pts is None else frame.pts + offset
+                    if before is None:  # cameras start at the uptime of the machine
+                        offset, time = (-frame.pts, 0) if self.source.startswith("camera:") and frame.pts else (0, time)
+                    elif time is None:  # in damaged and old files
+                        time = before + step
+                    elif time < before - second:  # the clock starts again, as where two files were joined
+                        offset, time = offset + before + step - time, before + step
+                    elif time <= before:  # out of order
+                        time = before + 1
                     time = time or 0
                     yield (image.rotate(frame.rotation, expand=True) if frame.rotation else image), time
             except av.FFmpegError as error:
