@@ -78,6 +78,36 @@ def test_ids_are_the_lists(tmp_path):
     assert rows[0]["bbox"] == [10, 10, 100, 100]
 
 
+@pytest.mark.parametrize("ids", [["7", "x"], ["007", "7.0"]])
+def test_ids_that_are_texts_are_found_again(tmp_path, ids):
+    data_list = small_list()
+    data_list.image_ids = Strings.of(ids)
+    detections = make_detections([[(BOX, 0.5, 1)], [(OTHER, 0.25, 2)]])
+    write_coco(tmp_path / "own.json", data_list, detections)
+    again, problems = read_coco(tmp_path / "own.json", data_list)
+    assert problems == {}
+    assert [result["scores"].tolist() for result in again] == [[0.5], [0.25]]
+
+
+def test_file_names_without_ending_are_ids_where_no_image_has_them(tmp_path):
+    """As Ultralytics writes them for images of other lists than COCO's."""
+    data_list = small_list()
+    data_list.file_names = Strings.of(["a/frame_1.jpg", "b/70.jpg"])
+    path = write(tmp_path / "a.json", {**GOOD, "image_id": "frame_1"}, {**GOOD, "image_id": 70, "score": 0.25})
+    assert [result["scores"].tolist() for result in read_coco(path, data_list)[0]] == [[0.5, 0.25], []]
+    data_list.file_names = Strings.of(["a/frame_1.jpg", "b/frame_1.jpg"])
+    with pytest.raises(DataError, match="1 x unknown image_id"):
+        read_coco(path, data_list)
+
+
+def test_categories_that_start_at_1_are_said_to(tmp_path):
+    data_list = small_list()
+    data_list.category_ids = (0, 1)
+    path = write(tmp_path / "a.json", {**GOOD, "category_id": 1}, {**GOOD, "category_id": 2})
+    with pytest.raises(DataError, match="category ids start at 1 in the file and at 0 in the list"):
+        read_coco(path, data_list)
+
+
 def test_detections_come_in_any_order(tmp_path):
     worse = {**GOOD, "score": 0.25}
     (_, second), _ = read_coco(write(tmp_path / "d.json", worse, GOOD), small_list())
@@ -153,6 +183,15 @@ def test_voc_files_are_one_based(tmp_path):
         "2008_000002 0.250000 11.000 11.000 110.000 110.000",
     ]
     assert (tmp_path / "comp4" / "comp4_det_test_class2.txt").read_text().strip() == ""
+
+
+@pytest.mark.parametrize("names", [["a/1.jpg", "b/1.jpg"], ["photo 1.jpg", "b.jpg"]])
+def test_voc_files_cannot_name_every_image(tmp_path, names):
+    data_list = small_list()
+    data_list.file_names = Strings.of(names)
+    with pytest.raises(DataError, match="the name has a blank, or is that of two images"):
+        write_voc(tmp_path, data_list, make_detections([[], []]), "val")
+    assert not list(tmp_path.iterdir())
 
 
 def test_voc_files_of_two_classes_are_two(tmp_path):

@@ -203,8 +203,13 @@ def random_case(rng):
     return objects, detections
 
 
+def half_inside(box, crowd):
+    w, h = min(box[2], crowd[2]) - max(box[0], crowd[0]), min(box[3], crowd[3]) - max(box[1], crowd[1])
+    return w > 0 and h > 0 and 2 * w * h >= (box[2] - box[0]) * (box[3] - box[1])
+
+
 def devkit_ap(objects, detections, label, year):
-    """The devkit's evaluation of one class, step by step; crowds as difficult."""
+    """The devkit's evaluation of one class, step by step; crowds as difficult, and where a half is inside of one."""
     ranked = []
     for image, rows in enumerate(detections):
         ranked += [(image, box, score) for box, score, k in rows if k == label]
@@ -232,7 +237,7 @@ def devkit_ap(objects, detections, label, year):
                     tp[-1], found[image][best] = 1, True
                 else:
                     fp[-1] = 1
-        else:
+        elif not any(crowd and half_inside(box, other) for other, _, _, crowd in truth[image]):
             fp[-1] = 1
     tp, fp = np.cumsum(tp), np.cumsum(fp)
     at = tp + fp > 0  # before the first that counts there is no precision

@@ -62,6 +62,21 @@ def test_the_same_detections_score_the_same(tmp_path):
         assert compute_metrics(data_list, again) == compute_metrics(data_list, detections)
 
 
+def test_a_row_is_of_one_image(tmp_path):
+    """Of cam1/0.jpg and cam2/0.jpg: a path of its own decides, the name alone does not."""
+    data_list = named(make_list([[], []], 2), tmp_path / "photos")
+    data_list.file_names = Strings.of(["cam1/0.jpg", "cam2/0.jpg"])
+    found = make_detections([[((1, 2, 3, 4), 0.5, 1)]])[0]
+    (tmp_path / "short").mkdir()
+    (tmp_path / "own").mkdir()
+    with pytest.raises(DataError, match=r"0\.jpg may be both .*cam1/0\.jpg and .*cam2/0\.jpg"):
+        read_parquet(write(tmp_path / "short", [row(data_list, "0.jpg", data_list.sizes[0], found)]), data_list)
+    own = row(data_list, str(tmp_path / "photos/cam1/0.jpg"), data_list.sizes[0], found)
+    again, problems = read_parquet(write(tmp_path / "own", [own]), data_list, skip_bad=True)
+    assert [len(result["scores"]) for result in again] == [1, 0]
+    assert problems == {"no row": 1}
+
+
 @pytest.fixture
 def two(tmp_path):
     """A list of two images, and the rows of their detections."""

@@ -57,7 +57,7 @@ def all_charts(data_list: DataList, ranked: Ranked, errors: Errors, metrics: dic
         return []
     with matplotlib.rc_context(STYLE):
         return [
-            chart_gains(data_list, ranked, errors),
+            chart_gains(data_list, ranked, errors, metrics),
             chart_classes(metrics),
             chart_curves(data_list, ranked, errors, metrics),
             chart_calibration(ranked, errors),
@@ -66,9 +66,10 @@ def all_charts(data_list: DataList, ranked: Ranked, errors: Errors, metrics: dic
         ]
 
 
-def chart_gains(data_list: DataList, ranked: Ranked, errors: Errors) -> Chart:
+def chart_gains(data_list: DataList, ranked: Ranked, errors: Errors, metrics: dict[str, Any]) -> Chart:
     """AP that correcting each type of error would add."""
     gains = {name: gain or 0.0 for name, gain in error_analysis.gains(data_list, ranked, errors).items()}
+    lowest = metrics.get("settings", {}).get("min_score")
     figure, axes = new_figure(2.4)
     names = list(gains)[::-1]
     bars = axes.barh(names, [100 * gains[name] for name in names], color=BLUE)
@@ -80,9 +81,9 @@ def chart_gains(data_list: DataList, ranked: Ranked, errors: Errors) -> Chart:
         as_svg(figure),
         "Bars: " + ", ".join(f"{name} errors {percent(gain)} points" for name, gain in gains.items()),
         "VOC2010 AP at IoU 0.5 gained by correcting one type of error and no other, as TIDE defines them "
-        "(arXiv:2008.08016). The types do not add up to 100. All detections that were "
-        "evaluated count (a model's from a score of 0.01 on, a file's all), so objects that are detected with low "
-        "scores are not missed here, though the recall at 0.40 is low.",
+        "(arXiv:2008.08016). The types do not add up to 100. All detections that were evaluated count "
+        f"({'those above a score of ' + format(lowest, 'g') if lowest else 'whatever their score'}), so an object with "
+        "a detection of a low score is not missed here.",
         ("error", "points", "number", "what it is"),
         [(name, f"{100 * gains[name]:.2f}", counts[name], text) for name, text in error_analysis.ERROR_TYPES.items()],
     )

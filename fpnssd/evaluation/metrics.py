@@ -224,7 +224,10 @@ def paired_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def match_voc(data_list: DataList, ranked: Ranked, iou_threshold: float = 0.5) -> np.ndarray:
-    """The status (n,) int8 of each detection under the VOC rule; those of difficult objects and crowds are ignored."""
+    """The status (n,) int8 of each detection under the VOC rule; those of difficult objects and crowds are ignored.
+
+    VOC has no crowds. As in COCO, a detection is of a crowd also if this share of its own area is inside of it.
+    """
     matched = np.where(ranked.ious >= iou_threshold, ranked.objects, -1)
     ignored = np.append(~data_list.counted, False)[matched]  # index -1 is the appended False
     # The best detection of an object is its true positive; later ones are duplicates, false positives.
@@ -232,7 +235,26 @@ def match_voc(data_list: DataList, ranked: Ranked, iou_threshold: float = 0.5) -
     status = np.zeros(len(matched), dtype=np.int8)
     status[first_match[objects >= 0]] = 1
     status[ignored] = -1
+    if data_list.crowd.any():
+        status[(matched < 0) & (shares_in_crowds(data_list, ranked) >= iou_threshold)] = -1
     return status
+
+
+def shares_in_crowds(data_list: DataList, ranked: Ranked) -> np.ndarray:
+    """(n,) the largest share of each detection's area that is inside a crowd of its image and class."""
+    num_labels = len(data_list.classes) + 1
+    keys = ranked.images * num_labels + ranked.labels
+    order = np.argsort(keys, kind="stable")
+    sorted_keys, shares = keys[order], np.zeros(len(keys))
+    areas = (ranked.boxes[:, 2:] - ranked.boxes[:, :2]).astype(np.float64).prod(axis=1)
+    for crowd in np.flatnonzero(data_list.crowd):
+        key = data_list.object_images[crowd] * num_labels + data_list.labels[crowd]
+        rows = order[slice(*np.searchsorted(sorted_keys, [key, key + 1]))]
+        low = np.maximum(ranked.boxes[rows, :2], data_list.boxes[crowd, :2])
+        high = np.minimum(ranked.boxes[rows, 2:], data_list.boxes[crowd, 2:])
+        inside = (high - low).clip(min=0).astype(np.float64).prod(axis=1)
+        shares[rows] = np.maximum(shares[rows], inside / np.maximum(areas[rows], 1e-9))
+    return shares
 
 
 def true_positives(status: np.ndarray) -> np.ndarray:

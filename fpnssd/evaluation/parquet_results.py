@@ -21,7 +21,7 @@ def read_parquet(
     """Reads the detections of a data list's images; rows of other pictures are ignored.
 
     A row belongs to an image if one of the two paths ends in the other, both taken as relative to an unknown folder; of
-    two such rows the one with the image's own path counts.
+    two such rows the one with the image's own path counts, and of two such images the one with the row's.
 
     Args:
         folder: that bulk_detect.py wrote.
@@ -33,8 +33,8 @@ def read_parquet(
         have no detections, by reason.
 
     Raises:
-        DataError: if pyarrow is not installed, the folder has other files, two rows are of one image, or, without
-            skip_bad, an image has no detections; names the first one.
+        DataError: if pyarrow is not installed, the folder has other files, two rows may be of one image or one row of
+            two images, or, without skip_bad, an image has no detections; names the first one.
     """
     rows = _rows_by_image(folder, data_list)
     label_of = {name: label for label, name in enumerate(data_list.classes, start=1)}
@@ -83,6 +83,16 @@ def _rows_by_image(folder: str | Path, data_list: DataList) -> dict[int, dict[st
                     rows[index] = {name: batch[name][number].as_py() for name in COLUMNS}
     except (pa.ArrowInvalid, KeyError) as error:
         raise DataError(f"{folder} is not a result of bulk_detect.py: {error}") from error
+    of_path: dict[str, list[int]] = defaultdict(list)
+    for index, row in rows.items():
+        of_path[row["path"]].append(index)
+    for path, indexes in of_path.items():
+        if len(indexes) > 1 and not exact.intersection(indexes):
+            images = " and ".join(str(data_list.image_path(index)) for index in indexes[:2])
+            raise DataError(f"{folder}: {path} may be both {images}")
+        for index in indexes:
+            if len(indexes) > 1 and index not in exact:
+                del rows[index]
     return rows
 
 

@@ -52,7 +52,8 @@ def write_voc(
         split: for the files' names.
 
     Raises:
-        DataError: if two classes (as a/b and a:b) would have one file name; nothing is written then.
+        DataError: if two classes (as a/b and a:b) would have one file name, two images one name, or a name has a
+            blank; nothing is written then.
     """
     paths = voc_result_paths(folder, data_list, split)
     lines: dict[int, list[str]] = {label: [] for label in paths.values()}
@@ -66,6 +67,12 @@ def write_voc(
 
 def voc_result_paths(folder: str | Path, data_list: DataList, split: str) -> dict[Path, int]:
     """The file that write_voc writes for each class, with the class's label; raises as write_voc."""
+    names = Counter(stems_of(data_list))
+    if bad := next((name for name, count in names.items() if count > 1 or len(name.split()) != 1), None):
+        raise DataError(
+            f"the VOC server's files cannot name image {bad!r} of {data_list.path}: the name has a blank, or is that of "
+            "two images"
+        )
     paths: dict[Path, int] = {}
     for label, name in enumerate(data_list.classes, start=1):
         path = Path(folder) / f"comp4_det_{split}_{file_name_of(name)}.txt"
@@ -112,7 +119,7 @@ def read_coco(
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} is not a list of detections in the COCO results format, but a {type(rows).__name__}")
-    row_of = {data_list.image_id(index): index for index in range(len(data_list))}
+    row_of = rows_by_id(data_list)
     label_of: dict[int | str, int] = {key: label for label, key in enumerate(data_list.category_ids, start=1)}
     kept: list[list[tuple[float, tuple[float, ...], int]]] = [[] for _ in range(len(data_list))]
     problems: Counter[str] = Counter()
@@ -129,12 +136,29 @@ def read_coco(
     if problems and (not skip_bad or problems.total() == len(rows)):
         reasons = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
         categories = ", ".join(f"{k} {name}" for k, name in zip(data_list.category_ids, data_list.classes, strict=True))
+        found = {row["category_id"] for row in rows if isinstance(row, dict) and _is_number(row.get("category_id"))}
+        if list(data_list.category_ids) == list(range(len(data_list.classes))) and len(data_list.classes) in found:
+            reasons += "; category ids start at 1 in the file and at 0 in the list, so that each is of another class"
         raise DataError(
-            f"{path}: {reasons}. {data_list.path} has {len(data_list)} images (ids {_examples(row_of)}) and the "
+            f"{path}: {reasons}. {data_list.path} has {len(data_list)} images (ids {_examples(data_list)}) and the "
             f"categories {categories:.300}. "
             + ("No row is left to evaluate" if problems.total() == len(rows) else "--skip-bad evaluates the rest")
         )
     return [_as_tensors(sorted(of_image, key=lambda row: -row[0])) for of_image in kept], dict(problems)
+
+
+def rows_by_id(data_list: DataList) -> dict[int | str, int]:
+    """The row of each image id; also of file names without ending, which Ultralytics writes as ids, if only one image
+    has the name and no image has it as its id."""
+    names = stems_of(data_list)
+    counts = Counter(names)
+    of_names: dict[int | str, int] = {name: row for row, name in enumerate(names) if counts[name] == 1}
+    return of_names | {parse_id(data_list.image_id(row)): row for row in range(len(data_list))}
+
+
+def stems_of(data_list: DataList) -> list[str]:
+    """The name of each image without folder and ending."""
+    return [PurePosixPath(data_list.file_names[row]).stem for row in range(len(data_list))]
 
 
 def _parse_row(
@@ -188,9 +212,12 @@ def same_file(first: str, second: str) -> bool:
     return shared > 0 and a[-shared:] == b[-shared:]
 
 
-def _examples(ids: dict[Any, int]) -> str:
+def _examples(data_list: DataList) -> str:
     """Image ids as text: all if there are few, otherwise the first and the last."""
-    return ", ".join(map(repr, ids)) if len(ids) <= 3 else f"{next(iter(ids))!r} .. {next(reversed(ids))!r}"
+    count = len(data_list)
+    if count > 3:
+        return f"{data_list.image_id(0)!r} .. {data_list.image_id(count - 1)!r}"
+    return ", ".join(repr(data_list.image_id(row)) for row in range(count))
 
 
 def _as_tensors(rows: list[tuple[float, tuple[float, ...], int]]) -> dict[str, torch.Tensor]:
