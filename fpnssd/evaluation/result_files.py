@@ -70,8 +70,8 @@ def voc_result_paths(folder: str | Path, data_list: DataList, split: str) -> dic
     names = Counter(stems_of(data_list))
     if bad := next((name for name, count in names.items() if count > 1 or len(name.split()) != 1), None):
         raise DataError(
-            f"the VOC server's files cannot name image {bad!r} of {data_list.path}: the name has a blank, or is that of "
-            "two images"
+            f"the VOC server's files cannot name image {bad!r} of {data_list.path}: the name has a blank, or is that "
+            "of two images"
         )
     paths: dict[Path, int] = {}
     for label, name in enumerate(data_list.classes, start=1):
