@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from create_data_lists import create_data_lists
 from fpnssd.data import check_report
 from fpnssd.data.synthetic import draw_dataset
 from fpnssd.data.voc import read_voc
+from fpnssd.training import pictures, progress
 from utils import write_text
 
 CHROMIUM = "/usr/bin/chromium"
@@ -60,6 +62,22 @@ def no_check_picture():
 def check_picture(monkeypatch):
     """create_data_lists draws check.png."""
     monkeypatch.setattr(check_report, "draw_report", DRAW_REPORT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_training_pictures():
+    """Trainings draw neither curves nor detections, which takes most of the time of a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "draw_curves", lambda log, path: None)
+        patch.setattr(progress, "draw_detections", lambda *arguments: Image.new("RGB", (8, 8)))
+        yield
+
+
+@pytest.fixture
+def training_pictures(monkeypatch):
+    """Trainings draw curves and detections."""
+    monkeypatch.setattr(progress, "draw_curves", pictures.draw_curves)
+    monkeypatch.setattr(progress, "draw_detections", pictures.draw_detections)
 
 
 @pytest.fixture

@@ -43,11 +43,19 @@ def run_python(code, folder):
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
-def test_published_usage_in_a_fresh_process(folder):
+def test_a_fresh_process(folder):
+    """Importing loads no weights; the model that ships is used from any folder; then the published usage."""
     code = """
 import torch
+load = torch.load
+def refuse(*args, **kwargs): raise AssertionError("weights were loaded")
+torch.load = torch.hub.load_state_dict_from_url = refuse
+import detect, model, train, eval
+assert model.last_loaded_model() is None
+torch.load = load
 from PIL import Image
 from detect import detect
+detect(Image.open("photo.jpg"))
 device = torch.device("cpu")
 checkpoint = torch.load("small.pth.tar")
 model = checkpoint["model"].to(device)
@@ -60,25 +68,8 @@ assert same.tobytes() == annotated.tobytes()
 """
     result = run_python(code, folder)
     assert result.returncode == 0, result.stderr
-    assert "using the model last loaded (test_resnet, 2 classes)" in result.stderr
-
-
-def test_importing_loads_no_weights(folder):
-    code = """
-import torch
-def refuse(*args, **kwargs): raise AssertionError("weights were loaded")
-torch.load = torch.hub.load_state_dict_from_url = refuse
-import detect, model, train, eval
-assert model.last_loaded_model() is None
-"""
-    result = run_python(code, folder)
-    assert result.returncode == 0, result.stderr
-
-
-def test_without_any_model_the_one_that_ships_is_used_from_any_folder(folder):
-    result = run_python("from detect import detect\nfrom PIL import Image\ndetect(Image.open('photo.jpg'))", folder)
-    assert result.returncode == 0, result.stderr
     assert "checkpoint/fpnssd300_lite_voc.pth.tar (tf_efficientnet_lite" in result.stderr
+    assert "using the model last loaded (test_resnet, 2 classes)" in result.stderr
 
 
 def test_command_line(folder, tmp_path, capsys):

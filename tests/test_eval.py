@@ -10,7 +10,7 @@ from eval import main
 from fpnssd.data.data_list import DataList
 from fpnssd.evaluation.predict import Predictor, evaluate, mirror_index
 from fpnssd.inference.detector import torch_detector
-from model import FPNSSD, ModelConfig, save_checkpoint
+from model import FPNSSD, ModelConfig, priors_of, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_list_without_objects_has_no_numbers(checkpoint, drawn, tmp_path, caps
 
 @pytest.mark.parametrize("image_size", [64, 128, 300])
 def test_mirror_index_mirrors(image_size):
-    priors = FPNSSD(ModelConfig(("a",), "resnet18", image_size=image_size, fpn_channels=16)).priors
+    priors = priors_of(ModelConfig(("a",), "resnet18", image_size=image_size, fpn_channels=16))
     index = mirror_index(priors)
     assert torch.equal(index[index], torch.arange(len(priors)))
     torch.testing.assert_close(priors[index][:, 0], 1 - priors[:, 0], rtol=0, atol=1e-6)

@@ -144,7 +144,7 @@ def test_a_full_disk_while_saving(drawn, in_tmp, monkeypatch, capsys):
     assert [path.name for path in Path("runs/tiny").glob(".*")] == [".lock"]  # nothing half written is left behind
 
 
-def test_a_full_disk_at_the_end_of_an_epoch(drawn, in_tmp, monkeypatch, capsys):
+def test_a_full_disk_at_the_end_of_an_epoch(drawn, in_tmp, training_pictures, monkeypatch, capsys):
     """No byte can be written: not the log, the curves, the pictures, the best weights. Training goes on."""
     end_epoch = train_module.Trainer.end_epoch
 

@@ -29,7 +29,7 @@ from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
 from train import main, train
 
 
-def test_a_run_from_lists_to_files(drawn, in_tmp, capsys):
+def test_a_run_from_lists_to_files(drawn, in_tmp, training_pictures, capsys):
     metrics = main(["--set", *TINY, f"data={drawn}", "name=a", "epochs=2"])
     printed = capsys.readouterr().out
     for changed in ("epochs 2", "name a", f"data {drawn}", "image_size 64", "all fields: runs/a/config.json"):
