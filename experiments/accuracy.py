@@ -349,7 +349,7 @@ def add_row(results, row, key):
         fcntl.flock(folder, fcntl.LOCK_EX)  # of the folder, as the file itself is replaced
         rows = [*(one for one in read_results(results) if not has_key(one, key)), row]
         with atomic_write(results) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     finally:

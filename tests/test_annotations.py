@@ -240,8 +240,13 @@ def test_coco_images_cannot_leave_their_folder(tmp_path):
     content = json.loads((tmp_path / "x.json").read_text())
     content["images"] += [
         {"id": 6, "file_name": "../a.jpg", "width": 1, "height": 1},
-        {"id": 7, "file_name": str(tmp_path / "a.jpg"), "width": 1, "height": 1},
+        {"id": 7, "file_name": str(tmp_path / "elsewhere" / "b.jpg"), "width": 100, "height": 80},
     ]
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "elsewhere" / "b.jpg")
     (tmp_path / "x.json").write_text(json.dumps(content))
-    main([*arguments, "--images", str(tmp_path / ".")])
-    assert "image outside the image folder" in problems(tmp_path / "out")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.jpg").rename(tmp_path / "images" / "a.jpg")
+    main([*arguments, "--images", str(tmp_path / "images")])
+    assert len(problems(tmp_path / "out")["image outside the image folder"]) == 2
+    assert [image["id"] for image in listed(tmp_path / "out", "train")["images"]] == [5]

@@ -1,13 +1,16 @@
 """The curves show what the log holds; a report holds everything, needs no network and fits the screen."""
 
+import base64
 import re
 
 import pytest
 import torch
 from PIL import Image
-from test_metrics import make_detections, make_list
+from test_metrics import BOX, make_detections, make_list
 
 from fpnssd.data.data_list import DataList
+from fpnssd.evaluation.charts import all_charts
+from fpnssd.evaluation.error_analysis import find_errors
 from fpnssd.evaluation.metrics import compute_metrics, rank
 from fpnssd.evaluation.report import main, view_around, write_report
 from fpnssd.training.pictures import draw_curves, read_log
@@ -150,3 +153,16 @@ def test_a_report_fits_the_screen_and_asks_nobody(report, browser, width):
         for other in figures[:number]:
             assert one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
     page.close()
+
+
+def test_names_in_other_scripts_are_text_that_the_readers_fonts_draw():
+    objects, detections = [[(BOX, 1, False, False)]], make_detections([[(BOX, 0.9, 1)]])
+    for name, is_text in (("dog", False), ("犬", True)):
+        data_list = make_list(objects)
+        data_list.classes = (name, *data_list.classes[1:])
+        ranked = rank(data_list, detections)
+        metrics = compute_metrics(data_list, detections)
+        (chart, *_) = all_charts(data_list, ranked, find_errors(data_list, ranked), metrics)[1:]
+        drawn = base64.b64decode(chart.image.partition(",")[2]).decode()
+        assert ("<text" in drawn) == is_text
+        assert ("犬" in drawn) == is_text

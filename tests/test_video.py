@@ -57,6 +57,7 @@ def test_every_frame_is_answered_and_annotated(folder, tmp_path):
     seconds = [number / 10 for number in (*range(6), *range(7, 12))]
     assert [line["seconds"] for line in lines] == pytest.approx(seconds, abs=1e-3)
     assert [time for _, time in after] == pytest.approx(seconds, abs=1e-3)
+    assert any(line["objects"] for line in lines)
     detector = load_detector(folder / "small.pth.tar", runtime="torch")
     for line, (picture, _), (annotated, _) in zip(lines, before, after, strict=True):
         found = detector.predict(picture)

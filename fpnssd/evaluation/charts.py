@@ -5,12 +5,14 @@ Each function returns a Chart for report_template.html. A new one is added to `a
 
 import base64
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -55,7 +57,11 @@ def all_charts(data_list: DataList, ranked: Ranked, errors: Errors, metrics: dic
     """
     if not metrics["objects"]:
         return []
-    with matplotlib.rc_context(STYLE):
+    # Where the charts' font lacks a character, the reader's fonts draw all text.
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    own_fonts = all(font.get_char_index(ord(character)) for character in "".join(data_list.classes))
+    with matplotlib.rc_context(STYLE | {"svg.fonttype": "path" if own_fonts else "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         return [
             chart_gains(data_list, ranked, errors, metrics),
             chart_classes(metrics),

@@ -165,8 +165,12 @@ def _mean_resampled(data_list: DataList, matched: Matched | Sequence[Matched], w
 
 
 def draw_weights(images: int, samples: int, seed: int = 0) -> np.ndarray:
-    """(samples, images): how often each image is drawn."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / max(images, 1)), samples).astype(float)
+    """(samples, images) uint16: how often each image is drawn."""
+    rng, shares = np.random.default_rng(seed), np.full(images, 1 / max(images, 1))
+    weights = np.empty((samples, images), np.uint16)
+    for row in weights:  # a whole array of int64 would take four times the memory
+        row[:] = rng.multinomial(images, shares)
+    return weights
 
 
 def _basic_interval(estimate: float, values: np.ndarray) -> tuple[float, float] | None:
@@ -210,11 +214,12 @@ def _resampled_class(matched: Matched, label: int, objects: np.ndarray, weights:
     """Scores of one class; objects (images,) counts its ground-truth objects in each image."""
     rows = matched.ranked.of(label)
     images = matched.ranked.images[rows]
-    parts = []
+    parts, with_objects = [], np.flatnonzero(objects)
     step = max(1, MAX_WEIGHTS // max(1, len(images)))
     for begin in range(0, len(weights), step):
         block = weights[begin : begin + step]
-        of_detections, positives = block[:, images], block @ objects  # (samples, n), (samples,)
+        of_detections = block[:, images].astype(float)  # (samples, n)
+        positives = (block[:, with_objects] @ objects[with_objects]).astype(float)  # (samples,)
         so_far = np.cumsum(of_detections, axis=1)
         voc = _curve(of_detections, so_far, matched.voc[rows])
         coco = [_curve(of_detections, so_far, status) for status in matched.coco[rows].T]
@@ -227,8 +232,8 @@ def _resampled_class(matched: Matched, label: int, objects: np.ndarray, weights:
                 "coco_ap50": aps[0],
             }
         )
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in NAMES}
-    return {name: np.where(weights @ objects > 0, values, np.nan) for name, values in joined.items()}
+        parts[-1] = {name: np.where(positives > 0, values, np.nan) for name, values in parts[-1].items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in NAMES}
 
 
 def _curve(of_detections: np.ndarray, so_far: np.ndarray, status: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
