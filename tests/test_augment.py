@@ -265,6 +265,27 @@ def test_pasted_objects_are_there_and_cover_little():
     assert none["labels"].tolist() == objects["labels"].tolist()
 
 
+def test_objects_inside_of_a_pasted_one_come_with_it():
+    """A blue object, and one whose centre is outside, lie in a green one that is pasted: the blue one is labelled too."""
+    config = AugmentConfig(copy_paste=1, copy_paste_most=1, colour=0, copy_paste_scale=(1, 1))
+    sample = photograph([(0, 0, 10, 10)], (200, 0, 0))
+    donor_pixels, target = photograph([(10, 10, 90, 70), (30, 30, 50, 60), (80, 20, 120, 40)], (0, 200, 0))
+    donor_pixels[:, 30:60, 30:50] = torch.tensor([0, 0, 200], dtype=torch.uint8)[:, None, None]
+    counts = set()
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        pixels, objects = augment(rng, *sample, 300, 300, NO_AUGMENTATION)
+        pasted, both = copy_paste(rng, pixels, objects, (donor_pixels, target), config)
+        boxes = both["boxes"][1:]
+        counts.add(len(boxes))
+        if len(boxes) == 2:
+            inner = boxes[(boxes[:, 2:] - boxes[:, :2]).prod(axis=1).argmin()]
+            rows, columns = torch.where((pasted[2] > 150) & (pasted[1] < 50))
+            found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(found - inner).max() <= 2
+    assert counts >= {1, 2}  # the others alone, and the two
+
+
 def test_options_are_closed():
     config = AugmentConfig(mosaic=0.5, copy_paste=0.5, flip=0.2)
     assert config.closed() == AugmentConfig(flip=0.2)

@@ -322,7 +322,8 @@ def copy_paste(
 ) -> tuple[torch.Tensor, Objects]:
     """Pastes objects of another image into a sample, where they cover little of the objects in it.
 
-    Cut, paste and learn (arXiv:1708.01642), but with rectangles, because there are no masks.
+    Cut, paste and learn (arXiv:1708.01642), but with rectangles, because there are no masks: the other objects of the
+    donor whose centres a rectangle shows come with it, and its crowds, as in augment.
 
     Args:
         rng: source of the randomness.
@@ -335,12 +336,13 @@ def copy_paste(
     """
     height, width = pixels.shape[1:]
     donor_pixels, target = donor
+    donor_boxes = target["boxes"].astype(np.float64)
     usable = np.flatnonzero(~target["crowd"])
     count = min(len(usable), int(rng.integers(1, config.copy_paste_most + 1)))
     pixels = pixels.clone()
     to_square = np.array([width, height]) / (target["size"][1], target["size"][0])
     for row in rng.choice(usable, count, replace=False):
-        box = target["boxes"][row].astype(np.float64)
+        box = donor_boxes[row]
         sides = np.rint((box[2:] - box[:2]) * to_square * rng.uniform(*config.copy_paste_scale)).astype(int)
         if (sides < max(config.min_side, 1)).any() or (sides > (width, height)).any():
             continue
@@ -348,11 +350,17 @@ def copy_paste(
         if place is None:
             continue
         flip, colour_matrix = bool(rng.random() < config.flip), sample_colour_matrix(rng, config)
-        patch, _ = render_view(donor_pixels, box, int(sides[0]), int(sides[1]), flip, colour_matrix, target["size"])
+        patch_width, patch_height = sides.tolist()
+        patch, placement = render_view(
+            donor_pixels, box, patch_width, patch_height, flip, colour_matrix, target["size"]
+        )
         x0, y0, x1, y1 = place.tolist()
         pixels[:, y0:y1, x0:x1] = patch
-        pasted = {"boxes": place[None].astype(float), **_rows(target, slice(row, row + 1))}
-        objects = _joined([objects, pasted])
+        moved = move_boxes(donor_boxes, placement, patch_width, patch_height, flip)
+        shown = centres_inside(box[None], donor_boxes)[0] | target["crowd"]
+        shown &= (moved[:, 2:] - moved[:, :2] >= max(config.min_side, 1)).all(axis=1)
+        shown[row] = True
+        objects = _joined([objects, {"boxes": moved[shown] + (x0, y0, x0, y0), **_rows(target, shown)}])
     return pixels, objects
 
 
