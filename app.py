@@ -29,14 +29,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import anyio
 import torch
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
+
+try:
+    import anyio
+    import uvicorn  # noqa: F401 (of http_server)
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import FileResponse, JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    sys.exit(f"app: {error.name} is not installed: pip install -e '.[app]'")
 
 from fpnssd.data.images import MAX_PIXELS, load_image
 from fpnssd.inference.detector import RUNTIMES, Detections, Detector, load_detector

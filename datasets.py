@@ -309,6 +309,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
+        ending = Path(args.preview).suffix.lower()
+        picture_format = Image.registered_extensions().get(ending)
+        if picture_format not in Image.SAVE:
+            raise InputError(f"--preview {args.preview}: {ending or 'no ending'} is not a picture's: .png and .jpg are")
         check_outputs([("picture", args.preview)], [args.list], args.overwrite)
         data_list = DataList.load(args.list, args.images)
         if len(data_list) == 0:
@@ -318,8 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys = list(EpochSampler(len(dataset), args.seed))[: args.count]
         picture = draw_batch(collate([dataset[key] for key in keys]), data_list.classes)
         with atomic_write(args.preview, "picture") as temporary:
-            picture.save(temporary, Path(args.preview).suffix.lstrip(".") or "png")
-    except (InputError, OSError, KeyError) as error:
+            picture.save(temporary, picture_format)
+    except (InputError, OSError) as error:
         sys.exit(f"datasets: {error_message(error)}")
     print(f"{args.preview}: {len(keys)} of {len(data_list)} images")
 

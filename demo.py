@@ -13,8 +13,12 @@ import time
 from pathlib import Path
 
 import matplotlib
-import skimage
 from PIL import Image, ImageDraw, ImageFont
+
+try:
+    import skimage
+except ImportError:
+    sys.exit("demo: scikit-image is not installed: pip install -e '.[demo]'")
 
 from create_data_lists import create_data_lists
 from detect import annotate, load_detector
@@ -46,6 +50,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("\ndemo: stopped")
     print(f"Finished in {time.perf_counter() - start:.0f} s. To train on your own photographs:")
+    if Path(sys.prefix) == Path(".venv").resolve():
+        print("    . .venv/bin/activate")
     print("    python create_data_lists.py --yolo YOUR/data.yaml --splits train val --out data/mine")
     print("    python train.py --preset finetune --data data/mine --minutes 20")
 

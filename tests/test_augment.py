@@ -266,7 +266,7 @@ def test_pasted_objects_are_there_and_cover_little():
 
 
 def test_objects_inside_of_a_pasted_one_come_with_it():
-    """A blue object, and one whose centre is outside, lie in a green one that is pasted: the blue one is labelled too."""
+    """In a green object that is pasted lie a blue one, which is labelled too, and one whose centre is outside."""
     config = AugmentConfig(copy_paste=1, copy_paste_most=1, colour=0, copy_paste_scale=(1, 1))
     sample = photograph([(0, 0, 10, 10)], (200, 0, 0))
     donor_pixels, target = photograph([(10, 10, 90, 70), (30, 30, 50, 60), (80, 20, 120, 40)], (0, 200, 0))

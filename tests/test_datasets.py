@@ -153,6 +153,10 @@ def test_preview_shows_the_boxes(drawn, tmp_path, capsys):
         for x0, y0, x1, _ in (sample["boxes_norm"] * 128).round().int().tolist():
             assert changed[min(y0, 127), x0 : min(x1, 127)].mean() > 0.9  # the upper edge is drawn
         assert changed.any() == bool(len(sample["labels"]))
+    main([str(drawn / "train.json"), "--preview", str(tmp_path / "p.jpg"), "--count", "1"])
+    assert Image.open(tmp_path / "p.jpg").format == "JPEG"
+    with pytest.raises(SystemExit, match=r"--preview p\.xyz: \.xyz is not a picture's"):
+        main([str(drawn / "train.json"), "--preview", "p.xyz"])
     with pytest.raises(SystemExit, match="AugmentConfig has no field 'mosiac'"):
         main([str(drawn / "train.json"), "--set", "mosiac=1"])
 

@@ -130,3 +130,18 @@ def test_small_batches_are_accumulated_and_large_ones_scale_the_rate():
     assert scaled_lr(TrainConfig(lr=0.1, optimizer="sgd"), 128) == pytest.approx(0.4)
     assert scaled_lr(TrainConfig(lr=0.1, optimizer="adamw"), 128) == pytest.approx(0.2)
     assert scaled_lr(TrainConfig(lr=0.1), 20) == 0.1
+
+
+@pytest.mark.parametrize("text", ["scales=(0.1,0.2)", "scales=(0,1,1,1,1,1,1)", "milestones=('a',)"])
+def test_numbers_of_a_list_are_checked(text):
+    with pytest.raises(InputError, match=text.split("=")[0]):
+        make_config(parse_args(["--set", text]))
+
+
+def test_a_run_that_does_not_exist_is_named(in_tmp):
+    with pytest.raises(InputError, match="there is no run runs/mien in "):
+        make_config(parse_args(["--name", "mien", "--resume"]))
+
+
+def test_fine_tuning_pastes_objects_to_the_end():
+    assert (PRESETS["finetune"]().augment.close_epochs, PRESETS["lite"]().augment.close_epochs) == (0, 3)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_resume_without_a_run_says_so(drawn, in_tmp):
-    with pytest.raises(SystemExit, match="no checkpoint 'runs/tiny/last"):
+    with pytest.raises(SystemExit, match="nothing to resume: there is no run runs/tiny in "):
         main(["--resume", "--set", *TINY, f"data={drawn}", "name=tiny", "epochs=2"])
 
 
@@ -284,8 +284,12 @@ def test_the_content_of_the_lists_decides_about_resuming(drawn, in_tmp, capsys):
     val = json.loads(Path("data/val.json").read_text())
     Path("data/val.json").write_text(json.dumps({**val, "images": val["images"][::-1]}))
     capsys.readouterr()
+    last = load_checkpoint("runs/tiny/last.pth.tar")
+    del last["format_version"]
+    save_checkpoint("runs/tiny/last.pth.tar", last.pop("model"), **{**last, "best": 0.99})
     train(tiny_config("data", epochs=2), resume=True)
     assert "changed: the content of the evaluation list" in capsys.readouterr().out
+    assert load_checkpoint("runs/tiny/best.pth.tar")["step"] == 6  # scores on the other list say nothing
     assert load_checkpoint("runs/tiny/last.pth.tar")["step"] == 6
 
 

@@ -168,8 +168,10 @@ class DataList:
         path = Path(path)
         if not path.is_file():
             hint = "python create_data_lists.py creates one"
+            if lists := sorted(file.stem for file in path.parent.glob("*.json") if file.name != "check.json"):
+                hint = f"{path.parent} has the lists {', '.join(lists)}"
             if path.parent.is_file():
-                hint = f"--data is the folder of a data list: --data {path.parent.parent} --split {path.parent.stem}"
+                hint = f"--data is the folder of data lists: --data {path.parent.parent}"
             raise FileNotFoundError(f"no data list {str(path)!r}: {hint}")
         if path.stat().st_size < ARRAYS_FROM:
             return cls._from_json(path, images)

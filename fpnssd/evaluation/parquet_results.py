@@ -54,6 +54,11 @@ def read_parquet(
 
 def _rows_by_image(folder: str | Path, data_list: DataList) -> dict[int, dict[str, Any]]:
     """The row of each image that has one, by the image's place in the data list."""
+    files = sorted(str(path) for path in Path(folder).glob("*.parquet"))
+    if not files:
+        checkpoints = [Path(folder) / f"{name}.pth.tar" for name in ("best", "last")]
+        hint = next((f": name {checkpoint}" for checkpoint in checkpoints if checkpoint.is_file()), "")
+        raise DataError(f"{folder} holds no Parquet files of bulk_detect.py{hint}")
     try:
         import pyarrow as pa  # optional
         from pyarrow import dataset
@@ -62,9 +67,6 @@ def _rows_by_image(folder: str | Path, data_list: DataList) -> dict[int, dict[st
     by_name: dict[str, list[int]] = defaultdict(list)
     for index in range(len(data_list)):
         by_name[data_list.image_path(index).name].append(index)
-    files = sorted(str(path) for path in Path(folder).glob("*.parquet"))
-    if not files:
-        raise DataError(f"{folder} holds no Parquet files of bulk_detect.py")
     rows: dict[int, dict[str, Any]] = {}
     exact: set[int] = set()  # images whose row has their own path
     try:

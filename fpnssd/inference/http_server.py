@@ -278,6 +278,5 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        code = getattr(error, "errno", None) or 0
-        reason = os.strerror(code) if code > 0 else error
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise InputError(f"cannot listen on {host}, port {port} (--host, --port): {reason}") from None

@@ -124,6 +124,12 @@ class TrainConfig:
         for name, hint in (("lr", ""), ("clip_norm", "; 1e9 clips nothing")):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0{hint}")
+        for name, length in (("scales", len(SCALES)), ("milestones", None)):
+            values = getattr(self, name)
+            if not all(isinstance(value, (int, float)) for value in values) or len(values) != (length or len(values)):
+                raise InputError(f"{name} are {values}; they must be {length or 'some'} numbers")
+        if not all(scale > 0 for scale in self.scales):
+            raise InputError(f"scales are {self.scales}; they must be above 0")
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise InputError(f"milestones are {self.milestones}; they are shares of the training, in 0..1")
         for field in fields(self):
@@ -173,9 +179,13 @@ def lite() -> TrainConfig:
 def finetune() -> TrainConfig:
     """Fine-tunes the shipped checkpoint on your own data; fpnssd/training/finetune.py adapts settings to the data.
 
-    Fewer images per step and a higher rate than lite: docs/training.md has the comparison.
+    Fewer images per step and a higher rate than lite: docs/training.md has the comparison. Copy-paste stays on to the
+    end, as with a limit of time: large lists have few epochs.
     """
-    return replace(lite(), name="finetune", weights=DEFAULT_CHECKPOINT, batch_size=8, nominal_batch=8, lr=2e-3)
+    return replace(
+        lite(), name="finetune", weights=DEFAULT_CHECKPOINT, batch_size=8, nominal_batch=8, lr=2e-3,
+        augment=replace(lite().augment, close_epochs=0),
+    )  # fmt: skip
 
 
 def demo() -> TrainConfig:
@@ -233,6 +243,8 @@ def make_config(args: argparse.Namespace, chosen: Iterable[str] = ()) -> TrainCo
     config = set_fields(PRESETS[args.preset](), chosen)
     if args.resume:
         name = set_fields(replace(config, **changes), [text for text in args.set if text.startswith("name=")]).name
+        if not any((Path("runs") / name / file).exists() for file in ("config.json", "last.pth.tar")):
+            raise InputError(f"nothing to resume: there is no run {Path('runs') / name} in {Path.cwd()}")
         config = saved_config(name) or config
     config = set_fields(replace(config, **changes), args.set)
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):

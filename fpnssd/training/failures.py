@@ -72,7 +72,7 @@ def describe_failure(error: BaseException, config: TrainConfig, dataset: Detecti
     if isinstance(error, NotFiniteError):
         return _describe_not_finite(error, dataset, folder)
     if isinstance(error, torch.OutOfMemoryError):
-        return _describe_out_of_memory(config, len(dataset), text)
+        return _describe_out_of_memory(config, len(dataset) * config.repeats, text)
     if isinstance(error, DataError):
         return error_message(error)
     if isinstance(error, LOST_WORKER) or "DataLoader worker" in text or "Pin memory thread" in text:
