@@ -70,7 +70,7 @@ def test_what_is_no_data_list(tmp_path):
     (tmp_path / "x.json").write_text("<xml/>")
     with pytest.raises(DataError, match=r"x\.json is not a COCO JSON"):
         DataList.load(tmp_path / "x.json")
-    with pytest.raises(FileNotFoundError, match="create_data_lists"):
+    with pytest.raises(FileNotFoundError, match=r"has the lists x, python create_data_lists\.py creates others"):
         DataList.load(tmp_path / "y.json")
 
 

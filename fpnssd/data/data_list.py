@@ -169,7 +169,7 @@ class DataList:
         if not path.is_file():
             hint = "python create_data_lists.py creates one"
             if lists := sorted(file.stem for file in path.parent.glob("*.json") if file.name != "check.json"):
-                hint = f"{path.parent} has the lists {', '.join(lists)}"
+                hint = f"{path.parent} has the lists {', '.join(lists)}, python create_data_lists.py creates others"
             if path.parent.is_file():
                 hint = f"--data is the folder of data lists: --data {path.parent.parent}"
             raise FileNotFoundError(f"no data list {str(path)!r}: {hint}")
