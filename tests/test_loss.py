@@ -70,9 +70,12 @@ def slow_match(priors, objects, min_overlap=0.5):
         free_priors.remove(p)
     labels = [0 if n is None else objects[n][1] for n in owner]
     for n, (_, _, _, crowd) in enumerate(objects):
-        for p in range(len(priors)):
+        overlaps = [overlap_32(boxes[n], corner) for corner in corners]
+        best = max(range(len(priors)), key=lambda p: (overlaps[p][0], -p))
+        for p, (iou, intersection) in enumerate(overlaps):
             area = (corners[p][2] - corners[p][0]) * (corners[p][3] - corners[p][1])
-            if crowd and owner[p] is None and overlap_32(boxes[n], corners[p])[1] / area >= 0.5:
+            near = intersection / area >= 0.5 or iou >= min_overlap or (p == best and iou > 0)
+            if crowd and owner[p] is None and near:
                 labels[p] = IGNORED
     return labels, owner
 
@@ -121,6 +124,8 @@ def test_difficult_objects_are_positive_or_ignored():
     batch = make_batch([[((0.0, 0.0, 0.5, 0.5), 2, True, False)]])
     assert match(priors, batch)[0].tolist() == [[2, 0]]
     assert match(priors, batch, difficult_positive=False)[0].tolist() == [[IGNORED, 0]]
+    small = make_batch([[((0.1, 0.1, 0.2, 0.2), 2, True, False)]])  # the prior that would detect it
+    assert match(priors, small, difficult_positive=False)[0].tolist() == [[IGNORED, 0]]
 
 
 def test_batch_without_any_object():

@@ -24,7 +24,7 @@ from fpnssd.evaluation.predict import Predictor, evaluate
 from fpnssd.inference.detector import torch_detector
 from fpnssd.training.config import PRESETS
 from fpnssd.training.failures import StopOnSignal
-from fpnssd.training.setup import load_lists
+from fpnssd.training.setup import load_lists, make_train_loader
 from model import FPNSSD, ModelConfig, load_checkpoint, save_checkpoint
 from train import main, train
 
@@ -207,3 +207,13 @@ def test_it_learns_32_photographs_by_heart(voc_real, in_tmp):
     metrics = evaluate(Predictor(torch_detector(model, "fp32")), DataList.load("train.json"))
     print(f"training AP50 {metrics['voc2007_ap50']:.3f}")
     assert metrics["voc2007_ap50"] >= 0.90
+
+
+def test_difficult_objects_that_are_ignored_are_crowds_to_the_augmentation(drawn):
+    data_list = DataList.load(drawn / "train.json")
+    data_list.difficult[:] = True
+    for positive in (True, False):
+        loader = make_train_loader(tiny_config(drawn, difficult_positive=positive), data_list, 4, 12, False)
+        batch = next(iter(loader))
+        assert (batch["crowd"] == ((batch["labels"] > 0) & (not positive))).all()
+    assert not data_list.crowd.any()

@@ -103,7 +103,8 @@ def match(
 
     Every box gets a prior of its own first (force_match). Each other prior is matched with the box of highest IoU (of
     equals the first) among those that `rule` allows. Crowds, and difficult objects unless difficult_positive, are
-    matched with no prior; a prior of which half the area or more lies in one is IGNORED, unless it is a positive.
+    matched with no prior. A prior is IGNORED, unless it is a positive, if half of its area or more lies in one of
+    these, if `rule` would match it with one, or if it is the prior of highest IoU with one.
 
     Args:
         priors: (P, 4) cxcywh in 0..1.
@@ -122,8 +123,11 @@ def match(
     valid_gt = is_object & ~ignored_gt
 
     iou, share_inside = _pairwise_iou(boxes, box_convert(priors, "cxcywh", "xyxy"))  # (B, N, P)
+    allowed = rule(iou, boxes, priors) & is_object[..., None]
+    best_of_box = torch.zeros_like(allowed).scatter(2, iou.argmax(dim=2, keepdim=True), True) & (iou > 0)
+    near_ignored = (share_inside >= 0.5) | allowed | best_of_box
     iou = torch.where(valid_gt[..., None], iou, -1.0)
-    allowed = rule(iou, boxes, priors) & valid_gt[..., None]
+    allowed = allowed & valid_gt[..., None]
 
     best_iou, gt_index = torch.where(allowed, iou, -1.0).max(dim=1)  # (B, P); the first of equals
     positive = best_iou >= 0
@@ -135,8 +139,8 @@ def match(
     positive = F.pad(positive, (0, 1)).scatter(1, slots, True)[:, :-1]
 
     prior_labels = torch.where(positive, labels.gather(1, gt_index), 0)
-    in_ignored = ((share_inside >= 0.5) & ignored_gt[..., None]).any(dim=1)  # (B, P)
-    return Matches(torch.where(~positive & in_ignored, IGNORED, prior_labels), gt_index)
+    is_ignored = (near_ignored & ignored_gt[..., None]).any(dim=1)  # (B, P)
+    return Matches(torch.where(~positive & is_ignored, IGNORED, prior_labels), gt_index)
 
 
 def force_match(iou: Tensor) -> Tensor:

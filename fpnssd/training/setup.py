@@ -1,5 +1,6 @@
 """Builds the data lists, loader, network and loss of a training, and formats the text it prints."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -51,6 +52,9 @@ def make_train_loader(
     cache = None
     if config.cache == "disk":  # the first process of each machine makes it
         cache = PixelCache.build(train_list, config.cache_side, wait=distributed.local_rank() > 0)
+    if not config.difficult_positive:  # as the loss does, augmentation treats difficult objects as crowds
+        train_list = copy.copy(train_list)
+        train_list.crowd, train_list.arrays_file = train_list.crowd | train_list.difficult, None
     dataset = DetectionDataset(train_list, config.image_size, config.augment, config.seed, cache, config.epochs)
     weights = balanced_weights(train_list, config.class_balance) if config.class_balance else None
     rank, count = distributed.rank(), distributed.num_processes()
