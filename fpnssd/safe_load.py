@@ -137,18 +137,24 @@ def pickle_of_zip(path: str | Path) -> IO[bytes]:
         return archive.open(names[0])
 
 
-def _directory_offset(path: str | Path, comment_bytes: int) -> int:
-    """Where the end of a zip file says that its directory is.
+def _directory_offset(path: str | Path, comment_bytes: int) -> int | None:
+    """Where the end of a zip file says that its directory is; None if readers may disagree on where it ends.
 
     torch's reader believes it. zipfile corrects it where bytes precede the archive, and may so read another directory.
     """
     with open(path, "rb") as file:
-        file.seek(-min(42 + comment_bytes, os.path.getsize(path)), os.SEEK_END)
-        locator, end = file.read(20), file.read(22)
-        if locator[:4] == b"PK\6\7":  # of the 64 bit record
-            file.seek(int.from_bytes(locator[8:16], "little") + 48)
-            return int.from_bytes(file.read(8), "little")
+        if file.read(4) != b"PK\3\4":  # else torch reads its older format
+            return None
+        file.seek(-min(98 + comment_bytes, os.path.getsize(path)), os.SEEK_END)
+        place, tail = file.tell(), file.read()
+    end = tail[-22 - comment_bytes :]
+    if end[:4] != b"PK\5\6" or int.from_bytes(end[20:22], "little") != comment_bytes:
+        return None
+    record, locator = tail[-98 - comment_bytes :][:56], tail[-42 - comment_bytes :][:20]
+    if locator[:4] != b"PK\6\7":
         return int.from_bytes(end[16:20], "little")
+    named = int.from_bytes(locator[8:16], "little")  # where the 64 bit record is; readers may also take the one before
+    return int.from_bytes(record[48:], "little") if record[:4] == b"PK\6\6" and named == place else None
 
 
 def _check_pickle(file: IO[bytes], size: int) -> None:

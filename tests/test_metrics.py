@@ -237,8 +237,10 @@ def devkit_ap(objects, detections, label, year):
                     tp[-1], found[image][best] = 1, True
                 else:
                     fp[-1] = 1
-        elif not any(crowd and half_inside(box, other) for other, _, _, crowd in truth[image]):
+        else:
             fp[-1] = 1
+        if any(crowd and half_inside(box, other) for other, _, _, crowd in truth[image]):
+            fp[-1] = 0
     tp, fp = np.cumsum(tp), np.cumsum(fp)
     at = tp + fp > 0  # before the first that counts there is no precision
     tp, fp = tp[at], fp[at]

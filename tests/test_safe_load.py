@@ -117,9 +117,12 @@ def test_another_file_before_or_inside_of_the_archive(state, tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "good.pth.tar")
     torch.save({"b": 1}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
     good, old = ((tmp_path / f"{name}.pth.tar").read_bytes() for name in ("good", "old"))
-    for before in (old, good):
-        (tmp_path / "two.pth.tar").write_bytes(before + good)
-        assert "bytes around its archive" in refused(tmp_path / "two.pth.tar")
+    shifted = io.BytesIO(old)
+    with zipfile.ZipFile(shifted, "a") as archive:  # its offsets count the older format before it
+        archive.writestr("a/data.pkl", pickle.dumps({}))
+    for content in (old + good, good + good, good + b"more", shifted.getvalue()):
+        (tmp_path / "two.pth.tar").write_bytes(content)
+        assert "archive" in refused(tmp_path / "two.pth.tar")
     with zipfile.ZipFile(tmp_path / "folders.pth.tar", "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps({}))
         archive.writestr("b/data", "")

@@ -137,6 +137,8 @@ def test_times_that_are_missing_or_out_of_order_are_mended(folder, tmp_path):
     second = round(1 / video.time_base)
     times = (5 * second, 6 * second, 7, 7 + step, None)
     assert [time for _, time in video] == [5 * second, *(6 * second + step * k for k in range(4))]
+    times = (10 * second, 10 * second + step, 0, 10 * second + 3 * step)  # one bad time is no new clock
+    assert [time for _, time in video] == [10 * second + step * k for k in range(4)]
     video.source, times = "camera:0", (900 * second, 900 * second + step)
     assert [time for _, time in video] == [0, step]
 

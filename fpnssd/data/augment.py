@@ -359,7 +359,7 @@ def copy_paste(
         moved = move_boxes(donor_boxes, placement, patch_width, patch_height, flip)
         shown = centres_inside(box[None], donor_boxes)[0] | target["crowd"]
         shown &= (moved[:, 2:] - moved[:, :2] >= max(config.min_side, 1)).all(axis=1)
-        shown[row] = True
+        moved[row], shown[row] = (0, 0, patch_width, patch_height), True
         objects = _joined([objects, {"boxes": moved[shown] + (x0, y0, x0, y0), **_rows(target, shown)}])
     return pixels, objects
 

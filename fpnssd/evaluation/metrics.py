@@ -236,7 +236,7 @@ def match_voc(data_list: DataList, ranked: Ranked, iou_threshold: float = 0.5) -
     status[first_match[objects >= 0]] = 1
     status[ignored] = -1
     if data_list.crowd.any():
-        status[(matched < 0) & (shares_in_crowds(data_list, ranked) >= iou_threshold)] = -1
+        status[(status == 0) & (shares_in_crowds(data_list, ranked) >= iou_threshold)] = -1
     return status
 
 
@@ -247,8 +247,9 @@ def shares_in_crowds(data_list: DataList, ranked: Ranked) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     sorted_keys, shares = keys[order], np.zeros(len(keys))
     areas = (ranked.boxes[:, 2:] - ranked.boxes[:, :2]).astype(np.float64).prod(axis=1)
-    for crowd in np.flatnonzero(data_list.crowd):
-        key = data_list.object_images[crowd] * num_labels + data_list.labels[crowd]
+    crowds = np.flatnonzero(data_list.crowd)
+    for crowd, image in zip(crowds, data_list.object_images[crowds], strict=True):
+        key = image * num_labels + data_list.labels[crowd]
         rows = order[slice(*np.searchsorted(sorted_keys, [key, key + 1]))]
         low = np.maximum(ranked.boxes[rows, :2], data_list.boxes[crowd, :2])
         high = np.minimum(ranked.boxes[rows, 2:], data_list.boxes[crowd, 2:])

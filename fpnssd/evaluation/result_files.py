@@ -68,7 +68,7 @@ def write_voc(
 def voc_result_paths(folder: str | Path, data_list: DataList, split: str) -> dict[Path, int]:
     """The file that write_voc writes for each class, with the class's label; raises as write_voc."""
     names = Counter(stems_of(data_list))
-    if bad := next((name for name, count in names.items() if count > 1 or len(name.split()) != 1), None):
+    if bad := next((name for name, count in names.items() if count > 1 or name.split() != [name]), None):
         raise DataError(
             f"the VOC server's files cannot name image {bad!r} of {data_list.path}: the name has a blank, or is that "
             "of two images"
@@ -137,7 +137,11 @@ def read_coco(
         reasons = "; ".join(f"{count} x {problem}, first {first[problem]}" for problem, count in problems.items())
         categories = ", ".join(f"{k} {name}" for k, name in zip(data_list.category_ids, data_list.classes, strict=True))
         found = {row["category_id"] for row in rows if isinstance(row, dict) and _is_number(row.get("category_id"))}
-        if list(data_list.category_ids) == list(range(len(data_list.classes))) and len(data_list.classes) in found:
+        if (
+            list(data_list.category_ids) == list(range(len(data_list.classes)))
+            and len(data_list.classes) in found
+            and 0 not in found
+        ):
             reasons += "; category ids start at 1 in the file and at 0 in the list, so that each is of another class"
         raise DataError(
             f"{path}: {reasons}. {data_list.path} has {len(data_list)} images (ids {_examples(data_list)}) and the "
@@ -148,8 +152,8 @@ def read_coco(
 
 
 def rows_by_id(data_list: DataList) -> dict[int | str, int]:
-    """The row of each image id; also of file names without ending, which Ultralytics writes as ids, if only one image
-    has the name and no image has it as its id."""
+    """The row of each image id; also of file names without ending that are no numbers, which Ultralytics writes as ids,
+    if only one image has the name and no image has it as its id."""
     names = stems_of(data_list)
     counts = Counter(names)
     of_names: dict[int | str, int] = {name: row for row, name in enumerate(names) if counts[name] == 1}

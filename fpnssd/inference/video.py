@@ -76,7 +76,7 @@ class Video:
         av = import_av()
         step = max(1, round(1 / (self.rate * self.time_base)))
         second = round(1 / self.time_base)
-        count, offset, time = 0, 0, None
+        count, offset, former, time = 0, 0, 0, None
         with self._container:
             try:
                 for frame in self._container.decode(self._stream):
@@ -87,8 +87,10 @@ class Video:
                         offset, time = (-frame.pts, 0) if self.source.startswith("camera:") and frame.pts else (0, time)
                     elif time is None:  # in damaged and old files
                         time = before + step
+                    elif time > before + second and before < frame.pts + former <= before + second:
+                        offset, time = former, frame.pts + former  # it was one bad time, and no new clock
                     elif time < before - second:  # the clock starts again, as where two files were joined
-                        offset, time = offset + before + step - time, before + step
+                        former, offset, time = offset, offset + before + step - time, before + step
                     elif time <= before:  # out of order
                         time = before + 1
                     time = time or 0

@@ -194,7 +194,9 @@ class RunFolder:
             raise InputError(f"{reason}; --weights {self.path / BEST} starts another run (--name)") from error
         changes = self._compare(checkpoint, state)
         state.load_state_dict(checkpoint)
-        if checkpoint.get("val_hash") != self.identity["val_hash"]:
+        if self.identity["val_hash"] is None:  # without evaluation the best score stays that of the list before
+            self.identity["val_hash"] = checkpoint.get("val_hash")
+        elif checkpoint.get("val_hash") != self.identity["val_hash"]:
             state.best, state.stale = None, 0  # scores on another list say nothing
         if is_main():
             print(f"resuming {path} at step {state.step}")

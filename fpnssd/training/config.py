@@ -124,12 +124,11 @@ class TrainConfig:
         for name, hint in (("lr", ""), ("clip_norm", "; 1e9 clips nothing")):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0{hint}")
-        for name, length in (("scales", len(SCALES)), ("milestones", None)):
-            values = getattr(self, name)
-            if not all(isinstance(value, (int, float)) for value in values) or len(values) != (length or len(values)):
-                raise InputError(f"{name} are {values}; they must be {length or 'some'} numbers")
-        if not all(scale > 0 for scale in self.scales):
-            raise InputError(f"scales are {self.scales}; they must be above 0")
+        for name in ("scales", "milestones"):
+            if not all(isinstance(value, (int, float)) for value in getattr(self, name)):
+                raise InputError(f"{name} are {getattr(self, name)}; they must be numbers")
+        if len(self.scales) != len(SCALES) or min(self.scales) <= 0:
+            raise InputError(f"scales are {self.scales}; they must be {len(SCALES)} numbers above 0")
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise InputError(f"milestones are {self.milestones}; they are shares of the training, in 0..1")
         for field in fields(self):

@@ -81,7 +81,7 @@ def make_model(config: TrainConfig, train_list: DataList, resume: bool) -> FPNSS
         fixed = [f"frozen_stages={config.frozen_stages}"] if config.frozen_stages >= 0 else []
         fixed += ["batch_norm=frozen"] if config.batch_norm == "frozen" else []
         if fixed:
-            print(f"note: random backbone weights stay as they are with {' '.join(fixed)}: --set frozen_stages=-1 "
+            print(f"note: {' '.join(fixed)} keeps random weights of the backbone as they are: --set frozen_stages=-1 "
                   "batch_norm=sync trains all of them")  # fmt: skip
     if other is not None:
         summary = load_weights(model, other)
@@ -159,7 +159,7 @@ def format_end(config: TrainConfig, folder: Path, best: float | None, log: list[
     path = folder / BEST
     if not path.exists():
         return f"next: python detect.py FOLDER --checkpoint {folder / LAST}"
-    row = next((row for row in reversed(log) if best is not None and row.get("voc2007_ap50") == best), {})
+    row = next((row for row in log if best is not None and row.get("voc2007_ap50") == best), {})
     score = f" (epoch {row['epoch']}, AP50 {100 * best:.1f})" if row and best is not None else ""
     threshold = row.get("best_min_score")  # the score threshold of the highest F1
     threshold = f" --min-score {threshold:.4g}" if threshold is not None else ""
