@@ -309,11 +309,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
+        check_outputs([("picture", args.preview)], [args.list], args.overwrite)
         ending = Path(args.preview).suffix.lower()
         picture_format = Image.registered_extensions().get(ending)
         if picture_format not in Image.SAVE:
             raise InputError(f"--preview {args.preview}: {ending or 'no ending'} is not a picture's: .png and .jpg are")
-        check_outputs([("picture", args.preview)], [args.list], args.overwrite)
         data_list = DataList.load(args.list, args.images)
         if len(data_list) == 0:
             raise DataError(f"{args.list} lists no images")
