@@ -34,19 +34,19 @@ from PIL import Image
 
 try:
     import anyio
-    import uvicorn  # noqa: F401 (of http_server)
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
+
+    from fpnssd.inference.http_server import Bodies, Guard, Kept, Unread, listen, make_server
 except ImportError as error:
     sys.exit(f"app: {error.name} is not installed: pip install -e '.[app]'")
 
 from fpnssd.data.images import MAX_PIXELS, load_image
 from fpnssd.inference.detector import RUNTIMES, Detections, Detector, load_detector
 from fpnssd.inference.draw import annotate, class_colour
-from fpnssd.inference.http_server import Bodies, Guard, Kept, Unread, listen, make_server
 from model import DEFAULT_CHECKPOINT, DETECTION
 from utils import HelpFormatter, InputError, error_message, whole_number
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
+    """The limits of a command line; memory for decoding grows with the pixels that JPEG files may have."""
     pixels = args.max_megapixels * 10**6
     return Limits(args.max_mb * 10**6, pixels, decoding_bytes=max(Limits.decoding_bytes, int(5.4 * pixels)))
 

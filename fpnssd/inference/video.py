@@ -75,30 +75,49 @@ class Video:
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         av = import_av()
         step = max(1, round(1 / (self.rate * self.time_base)))
-        second = round(1 / self.time_base)
-        count, offset, former, time = 0, 0, 0, None
+        count, clock = 0, FrameClock(step, round(1 / self.time_base), self.source.startswith("camera:"))
         with self._container:
             try:
                 for frame in self._container.decode(self._stream):
                     count += 1
-                    image, before = frame.to_image(), time
-                    time = None if frame.pts is None else frame.pts + offset
-                    if before is None:  # cameras start at the uptime of the machine
-                        offset, time = (-frame.pts, 0) if self.source.startswith("camera:") and frame.pts else (0, time)
-                    elif time is None:  # in damaged and old files
-                        time = before + step
-                    elif time > before + second and before < frame.pts + former <= before + second:
-                        offset, time = former, frame.pts + former  # it was one bad time, and no new clock
-                    elif time < before - second:  # the clock starts again, as where two files were joined
-                        former, offset, time = offset, offset + before + step - time, before + step
-                    elif time <= before:  # out of order
-                        time = before + 1
-                    time = time or 0
+                    image, time = frame.to_image(), clock.time_of(frame.pts)
                     yield (image.rotate(frame.rotation, expand=True) if frame.rotation else image), time
             except av.FFmpegError as error:
                 raise DataError(f"video {self.source} is damaged after frame {count}: {error}") from error
         if not count:
             raise DataError(f"video {self.source} has no readable frame")
+
+
+class FrameClock:
+    """Times of frames that always grow, from timestamps that may be missing, out of order or start again.
+
+    Args:
+        step: usual time between two frames, in ticks.
+        second: ticks of a second.
+        from_zero: whether the first frame is at 0; cameras start at the uptime of the machine.
+    """
+
+    def __init__(self, step: int, second: int, from_zero: bool = False) -> None:
+        self.step, self.second, self.from_zero = step, second, from_zero
+        self.offset = self.former_offset = 0  # added to timestamps, and what it was before they started again
+        self.time: int | None = None  # of the last frame
+
+    def time_of(self, timestamp: int | None) -> int:
+        """The time of the next frame."""
+        before = self.time
+        if before is None:
+            self.offset = -(timestamp or 0) if self.from_zero else 0
+            self.time = (timestamp or 0) + self.offset
+        elif timestamp is None:  # in damaged and old files
+            self.time = before + self.step
+        else:
+            former = timestamp + self.former_offset
+            if timestamp + self.offset > before + self.second and before < former <= before + self.second:
+                self.offset = self.former_offset  # it was one bad timestamp, and no new start
+            elif timestamp + self.offset < before - self.second:  # they start again, as where two files were joined
+                self.former_offset, self.offset = self.offset, before + self.step - timestamp
+            self.time = max(timestamp + self.offset, before + 1)
+        return self.time
 
 
 @contextlib.contextmanager
